@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python 3.11 or later, make and git; the rest they install into .venv themselves.
+
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+
+.PHONY: help demo test docs bench lint clean
+
+help: ## Say what there is to make.
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 12
+
+demo: .venv/.runtime ## Find the induction heads of the toy GPT-2; ARGS="--text ..." goes to `lens demo`.
+	@$(BIN)/lens demo $(ARGS)
+
+test: .venv/.dev ## Run every check; ARGS goes to pytest.
+	@scripts/check $(ARGS)
+
+docs: .venv/.dev ## Build the documentation into docs/_build.
+	@$(BIN)/sphinx-build -W -n --keep-going -q docs docs/_build
+
+bench: .venv/.dev ## Measure against plain HuggingFace; ARGS goes to the benchmark.
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+lint: .venv/.dev ## Check format, style, layering and types.
+	@scripts/lint
+
+clean: ## Remove what was made, but for .venv.
+	@rm -rf build dist plugins/*/dist docs/_build .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# A stamp is younger than what it was made from, so a second make installs nothing.
+.venv/.runtime: requirements/runtime.txt pyproject.toml $(PLUGINS:=/pyproject.toml) | $(BIN)/python
+	@echo "Installing into .venv; the first time takes a few minutes."
+	@$(PIP) install -qq --requirement requirements/runtime.txt
+	@$(PIP) install -qq --no-build-isolation --editable . $(addprefix --editable ./,$(PLUGINS))
+	@touch $@
+
+.venv/.dev: requirements/dev.txt .venv/.runtime
+	@echo "Installing the development tools into .venv."
+	@$(PIP) install -qq --requirement requirements/dev.txt
+	@touch $@

@@ -1,0 +1,110 @@
+"""Load a language model, read any internal activation by a standard name, edit it, and trust the numbers.
+
+Importing this package imports neither torch nor transformers: a name that needs them is loaded when it is touched.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lens_core.errors import (
+    AmbiguousArchitectureError,
+    ArgumentError,
+    CacheError,
+    CacheFileError,
+    ConfigWarning,
+    ContextLengthError,
+    CostWarning,
+    EmptyFilterError,
+    EmptyInputError,
+    HookDidNotFireError,
+    HookError,
+    HookFunctionError,
+    HookValueError,
+    IncompatiblePluginError,
+    InputError,
+    LensError,
+    LensWarning,
+    LoadError,
+    ModelNotFoundError,
+    PaddingError,
+    PluginError,
+    PluginLoadError,
+    PluginWarning,
+    TokenIdError,
+    TokenizerError,
+    UnknownHookError,
+    UnknownModelTypeError,
+    UnsupportedConfigError,
+    UnsupportedHookError,
+    WeightError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from lens_core import edits
+    from lens_core.cache import ActivationCache
+    from lens_core.hook_points import HookPoint
+    from lens_core.model import LensModel, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "AmbiguousArchitectureError",
+    "ArgumentError",
+    "CacheError",
+    "CacheFileError",
+    "ConfigWarning",
+    "ContextLengthError",
+    "CostWarning",
+    "EmptyFilterError",
+    "EmptyInputError",
+    "HookDidNotFireError",
+    "HookError",
+    "HookFunctionError",
+    "HookPoint",
+    "HookValueError",
+    "IncompatiblePluginError",
+    "InputError",
+    "LensError",
+    "LensModel",
+    "LensWarning",
+    "LoadError",
+    "ModelNotFoundError",
+    "PaddingError",
+    "PluginError",
+    "PluginLoadError",
+    "PluginWarning",
+    "TokenIdError",
+    "TokenizerError",
+    "UnknownHookError",
+    "UnknownModelTypeError",
+    "UnsupportedConfigError",
+    "UnsupportedHookError",
+    "WeightError",
+    "WeightsError",
+    "__version__",
+    "edits",
+    "load",
+]
+
+_LAZY = {  # name -> the module that defines it, or that it is
+    "ActivationCache": "lens_core.cache",
+    "HookPoint": "lens_core.hook_points",
+    "LensModel": "lens_core.model",
+    "edits": "lens_core.edits",
+    "load": "lens_core.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

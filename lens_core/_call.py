@@ -1,0 +1,110 @@
+"""The call in progress: one forward of the HF model, and one forward of one of its modules."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_core.errors import UnsupportedHookError
+
+if TYPE_CHECKING:
+    from lens_core._plan import Run
+
+__all__ = ["Call", "ModuleCall"]
+
+
+class Call:
+    """One forward of the HF model: where it stands in the sequence, and what has fired."""
+
+    __slots__ = ("batch", "device", "fired", "last_only", "n_pos", "past", "scratch", "step")
+
+    def __init__(self, *, batch: int, n_pos: int, past: int, device: torch.device) -> None:
+        self.batch = batch
+        self.n_pos = n_pos
+        self.past = past
+        """Positions before this call's, in the model's cache."""
+        self.device = device
+        self.step = 0
+        self.fired: dict[str, int] = {}
+        self.scratch: dict[Any, Any] = {}
+        """What one step of a seam leaves for a later one."""
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether this call starts a sequence."""
+        return self.past == 0
+
+    @property
+    def total(self) -> int:
+        """Real positions so far: the size of the key axis."""
+        return self.past + self.n_pos
+
+    def first_position(self, length: int) -> int:
+        """Absolute position of the first of the last `length` positions (HF may compute the last logits only)."""
+        return self.total - length
+
+
+class ModuleCall:
+    """One forward of one module, as the steps of a tap see it and change it."""
+
+    __slots__ = ("args", "input_changed", "kwargs", "module", "output", "output_changed", "run")
+
+    def __init__(self, run: "Run", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.run = run
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.output = output
+        self.input_changed = False
+        self.output_changed = False
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor argument: positional, or by keyword as HF passes `hidden_states`."""
+        found = self._input_key()
+        return self.args[found] if isinstance(found, int) else self.kwargs[found]
+
+    @input.setter
+    def input(self, new: Tensor) -> None:
+        found = self._input_key()
+        if isinstance(found, int):
+            self.args = (*self.args[:found], new, *self.args[found + 1 :])
+        else:
+            self.kwargs = {**self.kwargs, found: new}
+        self.input_changed = True
+
+    def _input_key(self) -> int | str:
+        for index, value in enumerate(self.args):
+            if isinstance(value, Tensor):
+                return index
+        if isinstance(self.kwargs.get("hidden_states"), Tensor):
+            return "hidden_states"
+        for key, value in self.kwargs.items():
+            if isinstance(value, Tensor):
+                return key
+        raise UnsupportedHookError(f"{type(self.module).__name__} was called without any tensor; its input cannot be hooked")
+
+    @property
+    def result(self) -> Tensor:
+        """The module's output, or the first tensor of a tuple or an HF output record."""
+        return self.output if isinstance(self.output, Tensor) else self.output[self._result_key()]
+
+    @result.setter
+    def result(self, new: Tensor) -> None:
+        if isinstance(self.output, Tensor):
+            self.output = new
+        elif isinstance(self.output, tuple):
+            key = self._result_key()
+            self.output = (*self.output[:key], new, *self.output[key + 1 :])
+        else:
+            changed = type(self.output)(**self.output)
+            changed[self._result_key()] = new
+            self.output = changed
+        self.output_changed = True
+
+    def _result_key(self) -> Any:
+        items = self.output.items() if hasattr(self.output, "items") else enumerate(self.output or ())
+        for key, value in items:
+            if isinstance(value, Tensor):
+                return key
+        raise UnsupportedHookError(f"{type(self.module).__name__} returned no tensor; its output cannot be hooked")

@@ -1,0 +1,330 @@
+"""Hooks on one model: adding, scoping and removing them, and the runs that serve them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, Self
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from lens_core._arguments import checks_arguments
+from lens_core._context import active_run
+from lens_core._declaration import Declaration
+from lens_core._plan import Run
+from lens_core._positions import read_positions
+from lens_core._watch import HookEntry, HookFunction
+from lens_core.cache import ActivationCache, CacheSink
+from lens_core.errors import ArgumentError
+from lens_core.hook_points import HookPoint, HookTable, NameFilter
+from lens_core.seams import ModuleInput, ModuleOutput
+
+__all__ = ["BoundHookPoint", "Hooked"]
+
+
+class Hooked:
+    """What a model with hook points can do about hooks."""
+
+    def __init__(self, hf_model: nn.Module, declaration: Declaration) -> None:
+        self.hf_model: Any = hf_model
+        self.declaration = declaration
+        self._module: Any = getattr(hf_model, "_orig_mod", hf_model)  # inside a torch.compile wrapper
+        self._table = HookTable(declaration.points, aliases=declaration.aliases, hf_point=self._hf_point)
+        self._added: list[HookEntry] = []
+        self._contexts: dict[str, dict[str, Any]] = {}
+
+    # ------------------------------------------------------------------ what there is
+
+    @property
+    def table(self) -> HookTable:
+        """The hook points by name; resolves aliases, short forms and filters."""
+        return self._table
+
+    def hook_points(self) -> list[HookPoint]:
+        """List the hook points in the order of computation, `hf.` names aside."""
+        return [self._table[name] for name in self._table]
+
+    @property
+    def hook_dict(self) -> "dict[str, BoundHookPoint]":
+        """The hook points by canonical name, each with `add_hook`, `remove_hooks`, `has_hooks` and `ctx`."""
+        return {name: BoundHookPoint(self, self._table[name]) for name in self._table}
+
+    def _hf_point(self, name: str) -> HookPoint | None:
+        path, _, side = name.removeprefix("hf.").rpartition(".")
+        if side not in ("input", "output") or not path:
+            return None
+        try:
+            self._module.get_submodule(path)
+        except AttributeError:
+            return None
+        seam = ModuleInput(path=path) if side == "input" else ModuleOutput(path=path)
+        return HookPoint(
+            name=name, shape="HF's own", equation=f"{side} of the HF module {path}", seam=seam, default=False
+        )
+
+    # ------------------------------------------------------------------ adding and removing
+
+    @checks_arguments
+    def add_hook(
+        self,
+        name: NameFilter,
+        fn: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002 - TransformerLens' name
+        is_permanent: bool = False,
+        level: int | None = None,
+        *,
+        positions: Any = None,
+    ) -> None:
+        """Put a hook function at one or more hook points until `reset_hooks`.
+
+        It runs in every call made through this object and inside `hooks()` and `caching()` blocks.
+
+        Args:
+            name: A name, short form, list of names, or predicate on canonical names.
+            fn: Called as `fn(tensor, hook=...)`; returns a replacement, or None.
+            dir: `"fwd"` for the value, `"bwd"` for its gradient.
+            is_permanent: Whether it survives `reset_hooks()`.
+            level: A number that `reset_hooks(level=...)` can remove it by.
+            positions: Absolute positions that the function is shown; None for all.
+
+        Raises:
+            UnknownHookError: No such hook point.
+            EmptyFilterError: The filter matches nothing.
+            ArgumentError: Another `dir`, or something that cannot be called.
+        """
+        entry = self._entry((name, fn) if positions is None else (name, fn, positions), dir)
+        self._added.append(attrs.evolve(entry, is_permanent=is_permanent, level=level))
+
+    @checks_arguments
+    def add_perma_hook(self, name: NameFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:  # noqa: A002
+        """Put a hook function that survives `reset_hooks()`."""
+        self.add_hook(name, fn, dir, is_permanent=True)
+
+    @checks_arguments
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Literal["fwd", "bwd", "both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove added hooks; those of enclosing `hooks()` blocks stay.
+
+        Args:
+            clear_contexts: Whether every hook point's `ctx` is emptied too.
+            direction: Which hooks.
+            including_permanent: Whether permanent ones go too.
+            level: Only those added with this level.
+        """
+        if direction not in ("fwd", "bwd", "both"):
+            raise ArgumentError(f"direction is 'fwd', 'bwd' or 'both'; got {direction!r}")
+
+        def stays(entry: HookEntry) -> bool:
+            other_direction = direction not in (entry.direction, "both")
+            other_level = level is not None and entry.level != level
+            return other_direction or other_level or (entry.is_permanent and not including_permanent)
+
+        self._added = [entry for entry in self._added if stays(entry)]
+        if clear_contexts:
+            self.clear_contexts()
+
+    def clear_contexts(self) -> None:
+        """Empty every hook point's `ctx`."""
+        for ctx in self._contexts.values():
+            ctx.clear()
+
+    @checks_arguments
+    def _entry(self, given: Any, direction: str) -> HookEntry:
+        if direction not in ("fwd", "bwd"):
+            raise ArgumentError(f"dir is 'fwd' or 'bwd'; got {direction!r}")
+        if not isinstance(given, tuple | list) or len(given) not in (2, 3) or not callable(given[1]):
+            raise ArgumentError(f"a hook is (name or filter, function) or (name or filter, function, positions); got {given!r}")
+        name, fn, *positions = given
+        selection = self._table.select(name)
+        return HookEntry(
+            names=selection.names,
+            exact=selection.exact,
+            fn=fn,
+            positions=read_positions(positions[0]) if positions else None,
+            direction="fwd" if direction == "fwd" else "bwd",
+        )
+
+    # ------------------------------------------------------------------ runs
+
+    @checks_arguments
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[Any] = (),
+        bwd_hooks: Sequence[Any] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Self]:
+        """Hook every call of the model inside the block, those of `hf_model` included, in this thread.
+
+        Blocks nest: outer hooks run before inner ones, and each block removes only its own.
+
+        Args:
+            fwd_hooks: `(name or filter, fn)` or `(name or filter, fn, positions)`.
+            bwd_hooks: The same for gradients; they live as long as the graph.
+            reset_hooks_end: False keeps the hooks after the block, as if added by `add_hook`.
+            clear_contexts: Whether every `ctx` is emptied at the end.
+
+        Raises:
+            HookDidNotFireError: The block ended without any call of the model.
+        """
+        entries = [self._entry(given, "fwd") for given in fwd_hooks]
+        entries += [self._entry(given, "bwd") for given in bwd_hooks]
+        try:
+            with self._running(entries):
+                yield self
+        finally:
+            if not reset_hooks_end:
+                self._added.extend(entries)
+            if clear_contexts:
+                self.clear_contexts()
+
+    @checks_arguments
+    @contextmanager
+    def caching(
+        self,
+        names: NameFilter = None,
+        *,
+        detach: bool = True,
+        incl_bwd: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        pos_slice: Any = None,
+    ) -> Iterator[ActivationCache]:
+        """Cache activations of every call inside the block.
+
+        A call that starts a sequence replaces what was there; one that continues it (a step of `generate`) appends.
+
+        Args:
+            names: What to cache; None for the default names.
+            detach: False keeps the values on autograd's graph, and their gradients in `cache.grad` after a backward.
+            incl_bwd: Keep gradients of detached values too.
+            device: Where to keep them; None for where they are.
+            dtype: Kept dtype of floating values.
+            pos_slice: Positions to keep (int, slice or ints); the axis stays.
+        """
+        cache = self._new_cache()
+        sink = CacheSink(
+            cache,
+            self._table.select(names),
+            detach=detach,
+            incl_bwd=incl_bwd,
+            device=device,
+            dtype=dtype,
+            pos_slice=read_positions(pos_slice),
+        )
+        with self._running((), (sink,)):
+            yield cache
+
+    def _new_cache(self) -> ActivationCache:
+        return ActivationCache(table=self._table)
+
+    def _running(
+        self,
+        entries: Sequence[HookEntry] = (),
+        sinks: Sequence[CacheSink] = (),
+        *,
+        start_at: int | None = None,
+        stop_at: int | None = None,
+        residual: Tensor | None = None,
+    ) -> Any:
+        """Make a run live: permanent hooks, added ones, those of enclosing blocks, and these."""
+        parent = active_run(self._module)
+        added = tuple(sorted(self._added, key=lambda entry: not entry.is_permanent))
+        is_plain = not entries and not sinks and start_at is None and stop_at is None
+        if is_plain and (parent.added == added if parent is not None else not added):
+            return nullcontext(parent)
+        return Run(
+            self._module,
+            self._table,
+            base=self.declaration.base,
+            blocks=self.declaration.blocks,
+            final=self.declaration.norms["ln_final"].path,
+            sizes=self.declaration.cfg.sizes,
+            contexts=self._contexts,
+            added=added,
+            entries=entries,
+            sinks=sinks,
+            start_at=start_at,
+            stop_at=stop_at,
+            residual=residual,
+            parent=parent,
+        ).installed()
+
+
+@attrs.frozen
+class BoundHookPoint:
+    """A hook point of one model, with TransformerLens' methods."""
+
+    _model: Hooked
+    point: HookPoint
+
+    @property
+    def name(self) -> str:
+        """Canonical name."""
+        return self.point.name
+
+    @property
+    def ctx(self) -> dict[str, Any]:
+        """The dictionary that hook functions here share."""
+        return self._model._contexts.setdefault(self.name, {})
+
+    def layer(self) -> int | None:
+        """0-based block, or None outside the blocks."""
+        return self.point.layer
+
+    def add_hook(
+        self,
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002 - TransformerLens' name
+        is_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Put a hook function here until `reset_hooks`."""
+        self._model.add_hook(self.name, hook, dir, is_permanent, level)
+
+    def add_perma_hook(self, hook: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:  # noqa: A002
+        """Put a hook function here that survives `reset_hooks`."""
+        self._model.add_hook(self.name, hook, dir, is_permanent=True)
+
+    def has_hooks(self, dir: Literal["fwd", "bwd", "both"] = "both", including_permanent: bool = True) -> bool:  # noqa: A002
+        """Whether any added hook is here."""
+        return any(
+            self.name in entry.names
+            and dir in (entry.direction, "both")
+            and (including_permanent or not entry.is_permanent)
+            for entry in self._model._added
+        )
+
+    def remove_hooks(
+        self,
+        dir: Literal["fwd", "bwd", "both"] = "both",  # noqa: A002 - TransformerLens' name
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove the added hooks here; hooks that a filter put at other points too stay there."""
+        kept: list[HookEntry] = []
+        for entry in self._model._added:
+            goes = (
+                self.name in entry.names
+                and dir in (entry.direction, "both")
+                and (including_permanent or not entry.is_permanent)
+                and (level is None or entry.level == level)
+            )
+            others = tuple(name for name in entry.names if name != self.name)
+            if not goes:
+                kept.append(entry)
+            elif others:
+                kept.append(attrs.evolve(entry, names=others))
+        self._model._added = kept
+
+    def clear_context(self) -> None:
+        """Empty `ctx`."""
+        self.ctx.clear()
+
+

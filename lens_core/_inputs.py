@@ -1,0 +1,164 @@
+"""What the user gave, brought to what HF's forward takes."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_core import tokens as _tokens
+from lens_core._arguments import checks_arguments
+from lens_core.errors import ArgumentError, ContextLengthError, EmptyInputError
+
+if TYPE_CHECKING:
+    from lens_core.model import LensModel
+
+__all__ = ["Inputs", "is_text", "read_input", "token_loss", "visible_padding"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Inputs:
+    """One batch: token ids or embeddings, and where padding is."""
+
+    tokens: Tensor | None = None
+    embeddings: Tensor | None = None
+    attention_mask: Tensor | None = None
+    """None where nothing is padding."""
+    position_ids: Tensor | None = None
+    targets: Tensor | None = None
+    """Token ids that a loss is for."""
+
+    def for_hf(self) -> dict[str, Any]:
+        """Give the keyword arguments of HF's forward."""
+        given = {"input_ids": self.tokens, "inputs_embeds": self.embeddings, "attention_mask": self.attention_mask}
+        given["position_ids"] = self.position_ids
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@checks_arguments
+def read_input(
+    model: "LensModel",
+    given: Any,
+    *,
+    prepend_bos: bool | None = None,
+    padding_side: Literal["left", "right"] | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    is_residual: bool = False,
+    targets: Tensor | None = None,
+) -> Inputs:
+    """Bring text, token ids, embeddings or a residual stream to HF's arguments.
+
+    Raises:
+        InputError: What the model cannot take.
+        ArgumentError: Options that make no sense for this kind of input.
+    """
+    cfg = model.declaration.cfg
+    device = model._module.device
+    tokens = embeddings = None
+    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    if isinstance(given, Tensor) and given.is_floating_point():
+        if given.ndim != 3 or given.shape[-1] != cfg.d_model:
+            raise ArgumentError(f"embeddings are [batch, pos, d_model={cfg.d_model}]; got {tuple(given.shape)}")
+        if not given.numel():
+            raise EmptyInputError(f"the input has no positions or no rows: shape {tuple(given.shape)}")
+        if prepend_bos is not None:
+            raise ArgumentError("prepend_bos is for text; embeddings are taken as they are")
+        embeddings = given.to(device)
+        batch, n_pos = given.shape[:2]
+    elif is_residual:
+        raise ArgumentError(f"start_at_layer takes the residual stream [batch, pos, d_model], not {type(given).__name__}")
+    else:
+        tokens, mask = _read_tokens(model, given, prepend_bos=prepend_bos, padding_side=padding_side, past=past)
+        attention_mask = mask if attention_mask is None else attention_mask
+        batch, n_pos = tokens.shape
+    if past + n_pos > cfg.n_ctx:
+        raise ContextLengthError(
+            f"{past + n_pos} positions are more than the model's context of {cfg.n_ctx}; shorten the input"
+        )
+    if attention_mask is not None:
+        attention_mask, position_ids = _read_mask(
+            model, attention_mask, position_ids, batch=batch, total=past + n_pos, n_pos=n_pos
+        )
+    return Inputs(
+        tokens=tokens,
+        embeddings=embeddings,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        targets=tokens if targets is None else targets,
+    )
+
+
+def is_text(given: Any) -> bool:
+    """Whether the input is for the tokenizer: text, texts, or role/content messages."""
+    while isinstance(given, list | tuple) and given:
+        given = given[0]
+    return isinstance(given, str | dict)
+
+
+def visible_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"] | None:
+    """Find padding at the ends of rows where it cannot be anything else: a pad token that is neither BOS nor EOS."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or pad in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return None
+    real = tokens != pad
+    inside = (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+    return None if bool(inside.all()) else inside.long()
+
+
+@checks_arguments
+def _read_tokens(
+    model: "LensModel", given: Any, *, prepend_bos: bool | None, padding_side: Any, past: int
+) -> tuple[Tensor, Tensor | None]:
+    cfg, device = model.declaration.cfg, model._module.device
+    if is_text(given):
+        encoded = _tokens.to_tokens(
+            model.tokenizer, given, prepend_bos=prepend_bos, padding_side=padding_side, device=device
+        )
+        return _tokens.check_tokens(encoded.tokens, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx), encoded.attention_mask
+    if prepend_bos is not None or padding_side is not None:
+        raise ArgumentError("prepend_bos and padding_side are for text; token ids are taken as they are")
+    tokens = _tokens.check_tokens(given, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx).to(device)
+    return tokens, None if past else visible_padding(model.tokenizer, tokens)
+
+
+@checks_arguments
+def _read_mask(
+    model: "LensModel", mask: Tensor, position_ids: Tensor | None, *, batch: int, total: int, n_pos: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Drop a mask without padding; derive position ids from one with padding, where the model needs them."""
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(mask).__name__}")
+    mask = _tokens.check_mask(mask, batch=batch, length=total).to(model._module.device)
+    if bool(mask.all()):
+        return None, position_ids
+    if position_ids is None and model.declaration.has_absolute_positions:
+        position_ids = _tokens.position_ids(mask)[:, -n_pos:]
+    return mask, position_ids
+
+
+def token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch total"] | None = None,
+    *,
+    per_token: bool = False,
+) -> Float[Tensor, ""] | Float[Tensor, "batch targets"]:
+    """Cross-entropy of each next token, in nats; padding, as target or as context, does not count.
+
+    Args:
+        logits: Before any softmax; taken to at least float32.
+        tokens: The ids that the logits were computed for.
+        attention_mask: 1 for real tokens.
+        per_token: Give `[batch, pos - 1]`, zero where padding is concerned, instead of the mean.
+    """
+    wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(wide.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none")
+    if attention_mask is None:
+        return losses if per_token else losses.mean()
+    mask = attention_mask[:, -tokens.shape[1] :].bool().to(logits.device)
+    real = mask[:, 1:] & mask[:, :-1]
+    losses = losses * real
+    return losses if per_token else losses.sum() / real.sum().clamp(min=1)

@@ -1,0 +1,200 @@
+"""Find, check and load what `lens.load` was asked for; never wraps or changes a model that it is given."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+from lens_core._declaration import Declaration
+from lens_core._descriptor import Architecture
+from lens_core._registry import active_registry, load_implementation, toy_folder
+from lens_core.errors import (
+    ArgumentError,
+    ConfigWarning,
+    ModelNotFoundError,
+    UnsupportedConfigError,
+    WeightsError,
+)
+
+__all__ = ["Loaded", "load_hf"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Loaded:
+    """An HF model with what its architecture declares."""
+
+    hf_model: Any
+    declaration: Declaration
+    architecture: Architecture
+    tokenizer_source: Any
+    name: str
+
+
+def load_hf(source: Any, *, strict: bool, dtype: Any, device: Any, options: dict[str, Any]) -> Loaded:
+    """Load by id or folder, or adopt a model in memory.
+
+    Raises:
+        ModelNotFoundError: No such id or folder.
+        UnknownModelTypeError: No plugin for the model type.
+        UnsupportedConfigError: The config asks for what the architecture does not hold.
+        WeightsError: Weights are missing or corrupt.
+    """
+    if isinstance(source, nn.Module):
+        return _adopt(source, strict=strict, dtype=dtype, device=device, options=options)
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str) or not source:
+        raise ArgumentError(f"lens.load takes an HF id, a folder, an HF model or 'toy:NAME'; got {source!r}")
+    if source.startswith("toy:"):
+        architecture = active_registry().resolve(source.removeprefix("toy:"))
+        folder = os.fspath(toy_folder(architecture))
+    else:
+        architecture, folder = None, source
+    config = _read_config(folder, options)
+    architecture = architecture or active_registry().resolve(config.model_type)
+    check_config(config, architecture, strict=strict)
+    declaration = _declare(architecture, config, source)
+    hf_model = _read_weights(folder, dtype, device, options)
+    check_tree(hf_model, declaration)
+    return Loaded(
+        hf_model=hf_model, declaration=declaration, architecture=architecture, tokenizer_source=folder, name=source
+    )
+
+
+def _adopt(hf_model: Any, *, strict: bool, dtype: Any, device: Any, options: dict[str, Any]) -> Loaded:
+    given = {"dtype": dtype, "device": device, **options}
+    if any(value is not None for value in given.values()):
+        named = ", ".join(name for name, value in given.items() if value is not None)
+        raise ArgumentError(f"{named} cannot be given with a model in memory, which is left as it is; move it before")
+    config = getattr(hf_model, "config", None)
+    if getattr(config, "model_type", None) is None:
+        raise ModelNotFoundError(f"{type(hf_model).__name__} is not an HF model: it has no config with a model_type")
+    architecture = active_registry().resolve(config.model_type)
+    check_config(config, architecture, strict=strict)
+    name = getattr(config, "name_or_path", "") or config.model_type
+    declaration = _declare(architecture, config, name)
+    check_tree(hf_model, declaration)
+    source = name if Path(name).is_dir() else None
+    return Loaded(
+        hf_model=hf_model, declaration=declaration, architecture=architecture, tokenizer_source=source, name=name
+    )
+
+
+def _declare(architecture: Architecture, config: Any, name: str) -> Declaration:
+    declaration: Declaration = load_implementation(architecture)(config)
+    return attrs.evolve(declaration, cfg=attrs.evolve(declaration.cfg, model_name=name))
+
+
+CONFIG_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+
+
+def _read_config(folder: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    _refuse_unsafe(options)
+    passed = {name: options[name] for name in CONFIG_OPTIONS if name in options}
+    is_folder = Path(folder).is_dir()
+    try:
+        if "gguf_file" in options:
+            passed["gguf_file"] = options["gguf_file"]
+        return AutoConfig.from_pretrained(folder, **passed)
+    except (OSError, ValueError, KeyError) as error:
+        if is_folder and (Path(folder) / "config.json").is_file():
+            raise UnsupportedConfigError(
+                f"the config of {folder!r} cannot be read by the installed transformers: {_first_line(error)}"
+            ) from error
+        looks_local = folder.startswith((".", "/", "~")) or folder.count("/") > 1
+        what = "no config.json in the folder" if is_folder else "no such folder" if looks_local else "no such model"
+        raise ModelNotFoundError(
+            f"{what}: {folder!r}. Give an HF id that can be reached, a folder with config.json and weights, "
+            f"or 'toy:gpt2' ({_first_line(error)})"
+        ) from error
+
+
+def _refuse_unsafe(options: dict[str, Any]) -> None:
+    if options.get("trust_remote_code"):
+        raise ArgumentError("lens does not run code from a checkpoint: load the model yourself and give it to lens.load")
+
+
+def check_config(config: Any, architecture: Architecture, *, strict: bool) -> None:
+    """Refuse fields of HF's config class that the architecture neither handles nor may ignore, at other values.
+
+    Keys that HF does not know, which finetunes carry, are ignored with one notice.
+
+    Raises:
+        UnsupportedConfigError: Such a field, unless `strict=False`.
+    """
+    from transformers import PreTrainedConfig
+
+    default = type(config)()
+    known = set(vars(default)) - set(vars(PreTrainedConfig()))
+    known |= {"tie_word_embeddings"} & set(vars(default))
+    held = {*architecture.config_handled, *architecture.config_ignored}
+    open_fields = sorted(known - held)
+    refused = [f for f in open_fields if getattr(config, f, None) != getattr(default, f)]
+    if refused and strict:
+        listed = ", ".join(f"{field}={getattr(config, field)!r}" for field in refused)
+        raise UnsupportedConfigError(
+            f"{architecture.name} does not hold {listed}; hook values could be wrong. "
+            "lens.load(..., strict=False) loads it uncertified"
+        )
+    unknown = sorted(set(vars(config)) - set(vars(default)) - {"name_or_path", "_name_or_path"})
+    unknown = [name for name in unknown if not name.startswith("_") and name not in config.attribute_map]
+    if unknown:
+        warnings.warn(
+            f"config keys unknown to transformers are ignored: {', '.join(unknown)}", ConfigWarning, stacklevel=4
+        )
+
+
+def check_tree(hf_model: Any, declaration: Declaration) -> None:
+    """Raise where the module tree is not the one that the architecture declares (a base model, another head)."""
+    module = getattr(hf_model, "_orig_mod", hf_model)
+    needed = [declaration.base, declaration.blocks, declaration.embed, declaration.unembed]
+    for path in needed:
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            raise UnsupportedConfigError(
+                f"{type(module).__name__} has no module {path!r}; lens needs the causal language model "
+                "(AutoModelForCausalLM), with its unembedding"
+            ) from None
+    n_blocks = len(module.get_submodule(declaration.blocks))
+    if n_blocks != declaration.cfg.n_layers:
+        raise UnsupportedConfigError(
+            f"the model has {n_blocks} blocks and its config says {declaration.cfg.n_layers}; make them agree"
+        )
+
+
+def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any]) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if device is not None and options.get("device_map") is not None:
+        raise ArgumentError("give device or device_map, not both")
+    passed = {name: value for name, value in options.items() if value is not None}
+    if device is not None:
+        passed["device_map"] = {"": torch.device(device)}
+    try:
+        hf_model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **passed
+        )
+    except (OSError, SafetensorError, EOFError, RuntimeError) as error:
+        raise WeightsError(
+            f"the weights of {folder!r} are missing, corrupt or do not fit its config: {_first_line(error)}. "
+            "Download them again, or check config.json"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise WeightsError(
+            f"the checkpoint {folder!r} lacks {len(missing)} weights, such as {missing[0]!r}; HF would fill them at random"
+        )
+    return hf_model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]
+

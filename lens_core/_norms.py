@@ -1,0 +1,51 @@
+"""Norms taken apart: the centred input, its scale, and what gain and bias make of the normalized input."""
+
+from collections.abc import Callable
+
+import attrs
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["LAYER_NORM", "NormKind"]
+
+
+@attrs.frozen(kw_only=True)
+class NormKind:
+    """How one kind of norm computes; each function is given the live module."""
+
+    name: str
+    split: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    """Input to (centred input, scale), both in at least float32."""
+    affine: Callable[[nn.Module, Tensor], Tensor]
+    """Normalized input to what the norm hands on, in the normalized input's dtype."""
+    centres: bool
+    """Whether the mean is subtracted first."""
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _layer_norm_split(
+    module: nn.Module, x: Float[Tensor, "*batch d_model"]
+) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch 1"]]:
+    """Centre, and take sqrt(var + eps) (torch `nn.LayerNorm`, biased variance)."""
+    x = _at_least_float32(x)
+    centred = x - x.mean(-1, keepdim=True)
+    return centred, (centred.pow(2).mean(-1, keepdim=True) + module.eps).sqrt()
+
+
+def _layer_norm_affine(module: nn.Module, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Multiply the gain and add the bias, rounding once as torch's kernel does."""
+    with align_module_device(module):
+        out = _at_least_float32(normalized)
+        if module.weight is not None:
+            out = out * module.weight.to(out.device)
+        if module.bias is not None:
+            out = out + module.bias.to(out.device)
+    return out.to(normalized.dtype)
+
+
+LAYER_NORM = NormKind(name="LN", split=_layer_norm_split, affine=_layer_norm_affine, centres=True)

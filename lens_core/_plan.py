@@ -1,0 +1,308 @@
+"""Compile what was asked for into the fewest taps, install them for one run, and take them out again.
+
+A `Run` is one innermost stretch of hooked calls of one HF model in one context. Its plan holds a `Watch` for each hook
+point that was asked for; seams turn groups of watches into steps; all steps at one side of one module share a tap.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from lens_core._call import Call, ModuleCall
+from lens_core._context import active_run, activated
+from lens_core._functions import Slot, give_back, take
+from lens_core._watch import HookEntry, Sink, Watch
+from lens_core.errors import HookDidNotFireError, UnsupportedHookError
+from lens_core.hook_points import HookTable
+
+__all__ = ["ModuleStep", "Run", "SlotStep", "StopForward"]
+
+
+class StopForward(BaseException):
+    """Leave HF's forward at the block where the run stops; carries the residual stream."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
+@attrs.frozen(kw_only=True)
+class ModuleStep:
+    """What to do before or after the forward of one module."""
+
+    path: str
+    when: Literal["pre", "post"]
+    act: Callable[[ModuleCall], None]
+
+
+@attrs.frozen(kw_only=True)
+class SlotStep:
+    """A handler for the calls that reach a slot; `key` is what the slot's dispatcher looks handlers up by."""
+
+    path: str
+    slot: Slot
+    key: Hashable
+    handler: Callable[..., Any]
+
+
+@runtime_checkable
+class SeamLike(Protocol):
+    """What the plan needs of a seam record."""
+
+    @property
+    def group(self) -> Hashable: ...
+
+    def steps(self, watches: Sequence[Watch], run: "Run") -> Iterable[ModuleStep | SlotStep]: ...
+
+
+class Run:
+    """One stretch of hooked calls: the watches, the taps that serve them, and the call in progress."""
+
+    def __init__(
+        self,
+        hf_model: nn.Module,
+        table: HookTable,
+        *,
+        base: str,
+        blocks: str,
+        final: str,
+        sizes: Mapping[str, int],
+        contexts: dict[str, dict[str, Any]],
+        added: Sequence[HookEntry] = (),
+        entries: Sequence[HookEntry] = (),
+        sinks: Sequence[Sink] = (),
+        start_at: int | None = None,
+        stop_at: int | None = None,
+        residual: Tensor | None = None,
+        parent: "Run | None" = None,
+    ) -> None:
+        self.hf_model = hf_model
+        self.table = table
+        self.base, self.blocks, self.final = base, blocks, final
+        self.sizes = sizes
+        self.contexts = contexts
+        self.added = tuple(added)
+        self.scoped: tuple[HookEntry, ...] = (*(parent.scoped if parent else ()), *entries)
+        self.sinks: tuple[Sink, ...] = (*(parent.sinks if parent else ()), *sinks)
+        self.start_at, self.stop_at, self.residual = start_at, stop_at, residual
+        self.parent = parent
+        self.handlers: dict[Hashable, Callable[..., Any]] = {}
+        self.call: Call | None = None
+        self.inside_model = False
+        self.calls = 0
+        self._steps_since_prefill = 0
+        self.watches = self._watches()
+
+    @property
+    def now(self) -> Call:
+        """The call in progress."""
+        if self.call is None:
+            raise UnsupportedHookError(
+                "a hooked module was called outside a forward of the model; call the model, or its base model"
+            )
+        return self.call
+
+    def module(self, path: str) -> nn.Module:
+        """Find a module of the HF model by its path; the empty path is the model."""
+        return self.hf_model.get_submodule(path)
+
+    def lineage(self) -> "Iterator[Run]":
+        """This run, then those of the enclosing contexts, which count what happens inside as theirs."""
+        run: Run | None = self
+        while run is not None:
+            yield run
+            run = run.parent
+
+    # ------------------------------------------------------------------ compiling
+
+    def _watches(self) -> list[Watch]:
+        """One watch for each hook point asked for and not left out by start_at or stop_at, in the table's order."""
+        found: dict[str, Watch] = {}
+        for names, exact, attach in self._requests():
+            for name in names:
+                depth = self.table.depth(name)
+                if depth is not None and self._leaves_out(depth):
+                    if exact:
+                        raise HookDidNotFireError(
+                            f"{name!r} is left out of a run with start_at_layer={self.start_at}, "
+                            f"stop_at_layer={self.stop_at}; ask for hook points between these"
+                        )
+                    continue
+                if name not in found:
+                    found[name] = Watch(self.table[name], self)
+                attach(found[name], exact)
+        order = {name: index for index, name in enumerate(self.table)}
+        return sorted(found.values(), key=lambda watch: order.get(watch.name, len(order)))
+
+    def _requests(self) -> Iterator[tuple[Sequence[str], bool, Callable[[Watch, bool], None]]]:
+        for entry in self.added:  # they outlast this run, so a run that stops short of them is no mistake
+            yield entry.names, False, lambda watch, exact, e=entry: watch.add_entry(e, by_name=exact)
+        for entry in self.scoped:
+            yield entry.names, entry.exact, lambda watch, exact, e=entry: watch.add_entry(e, by_name=exact)
+        for sink in self.sinks:
+            yield sink.names, sink.exact, lambda watch, exact, s=sink: watch.add_sink(s, by_name=exact)
+
+    def _leaves_out(self, depth: int) -> bool:
+        skipped = self.start_at is not None and depth < self.start_at
+        return skipped or (self.stop_at is not None and depth >= self.stop_at)
+
+    def _compile(self) -> list[ModuleStep | SlotStep]:
+        groups: dict[Hashable, list[Watch]] = {}
+        for watch in self.watches:
+            seam: SeamLike = watch.point.seam
+            groups.setdefault((type(seam), seam.group), []).append(watch)
+        steps: list[ModuleStep | SlotStep] = [*self._boundary_steps()]
+        for watches in groups.values():
+            steps.extend(watches[0].point.seam.steps(watches, self))
+        return steps
+
+    def _boundary_steps(self) -> Iterator[ModuleStep | SlotStep]:
+        from lens_core._boundary import boundary_steps
+
+        yield from boundary_steps(self)
+
+    # ------------------------------------------------------------------ installing
+
+    @contextmanager
+    def installed(self) -> Iterator["Run"]:
+        """Install the taps and make this the live run of its model; leave nothing behind.
+
+        Raises:
+            HookDidNotFireError: The block ended without any call of the model.
+        """
+        steps = self._compile()
+        handles: list[Any] = []
+        slots: list[Slot] = []
+        try:
+            for (path, when), acts in _by_site(steps).items():
+                handles.append(self._tap(path, when, acts))
+            for step in steps:
+                if isinstance(step, SlotStep):
+                    take(step.slot)
+                    slots.append(step.slot)
+                    self.handlers[step.key] = step.handler
+            self._guards = _checkpointed_above(self.hf_model, {step.path for step in steps if step.path})
+            with activated(self.hf_model, self), _eager_if_compiled(self._compilable(steps)):
+                yield self
+            self._check_used()
+        finally:
+            for slot in slots:
+                give_back(slot)
+            for handle in handles:
+                handle.remove()
+            self.handlers.clear()
+
+    def _compilable(self, steps: Iterable[ModuleStep | SlotStep]) -> Iterator[nn.Module]:
+        """The modules that somebody may have compiled: the model, its base, the blocks, and those with taps."""
+        yield self.hf_model
+        yield from self.module(self.blocks).children()
+        for path in {step.path for step in steps}:
+            yield self.module(path)
+
+    def _tap(self, path: str, when: str, acts: Sequence[Callable[[ModuleCall], None]]) -> Any:
+        """Register one torch hook that does all steps at one side of a module.
+
+        The functions take whatever arguments come: torch's registration is not atomic, and a forward of another thread
+        may call them without keyword arguments. There they do nothing, since the run is not live in that thread. Nor do
+        they when somebody calls a part of the model by itself.
+        """
+        module, is_inner = self.module(path), path not in ("", self.base)
+
+        def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            if active_run(self.hf_model) is not self or (is_inner and self.call is None):
+                return None
+            call = ModuleCall(self, module, args, kwargs or {}, None)
+            for act in acts:
+                act(call)
+            return (call.args, call.kwargs) if call.input_changed else None
+
+        def post(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+            if active_run(self.hf_model) is not self or (is_inner and self.call is None):
+                return None
+            call = ModuleCall(self, module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
+            for act in acts:
+                act(call)
+            return call.output if call.output_changed else None
+
+        if when == "pre":
+            return module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True)
+        return module.register_forward_hook(post, prepend=True, with_kwargs=True)
+
+    # ------------------------------------------------------------------ one call
+
+    def begin_call(self, call: Call) -> None:
+        """Start one forward of the HF model."""
+        for layer in self._guards:
+            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+                raise UnsupportedHookError(
+                    "hooks inside a block do not survive gradient checkpointing, which runs the block again in the "
+                    "backward pass; call model.hf_model.gradient_checkpointing_disable() or model.eval() first, "
+                    "or hook the blocks' hook_resid_pre and hook_resid_post only"
+                )
+        for run in self.lineage():
+            run.calls += 1
+        self._steps_since_prefill = 0 if call.is_prefill else self._steps_since_prefill + 1
+        call.step = self._steps_since_prefill
+        self.call = call
+        for sink in self.sinks:
+            sink.begin(call)
+        if self.calls == 1:
+            from lens_core._boundary import warn_of_cost
+
+            warn_of_cost(self, call)
+
+    def end_call(self) -> None:
+        """Check that each place asked for was reached exactly once in the call that ends."""
+        call, self.call = self.now, None
+        for watch in self.watches:
+            count = call.fired.get(watch.name, 0)
+            if count != 1 and not watch.name.startswith("hf."):
+                happened = "was not reached" if count == 0 else f"was reached {count} times"
+                raise HookDidNotFireError(
+                    f"the hook point {watch.name!r} {happened} in this forward; the model ran another path than its "
+                    "architecture declares (attention implementation, config or a patched module)"
+                )
+
+    def _check_used(self) -> None:
+        if self.calls == 0 and self.watches:
+            raise HookDidNotFireError(
+                f"hooks at {self.watches[0].name!r} were set up and the model was not called in this context; a thread "
+                "started inside has a context of its own: run it by contextvars.copy_context().run"
+            )
+
+
+def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[tuple[str, str], list[Callable[[ModuleCall], None]]]:
+    sites: dict[tuple[str, str], list[Callable[[ModuleCall], None]]] = {}
+    for step in steps:
+        if isinstance(step, ModuleStep):
+            sites.setdefault((step.path, step.when), []).append(step.act)
+    return sites
+
+
+def _checkpointed_above(hf_model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """Find the layers that HF may run under gradient checkpointing with one of these modules inside."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    hooks_inside = "__call__" in vars(GradientCheckpointingLayer)  # older releases checkpoint the hooks too
+    found: dict[int, nn.Module] = {}
+    for path in paths:
+        parts = path.split(".")
+        for end in range(1, len(parts) + hooks_inside):
+            module = hf_model.get_submodule(".".join(parts[:end]))
+            if isinstance(module, GradientCheckpointingLayer):
+                found[id(module)] = module
+    return list(found.values())
+
+
+@contextmanager
+def _eager_if_compiled(modules: Iterable[Any]) -> Iterator[None]:
+    """Run compiled modules eagerly, since compiled code does not see hooks; torch's switch for it is process-wide."""
+    if not any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in modules):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

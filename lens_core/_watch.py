@@ -1,0 +1,246 @@
+"""One hook point during one run: its hook functions, the caches that want its value, and what they did to it."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import attrs
+import torch
+from torch import Tensor
+
+from lens_core._call import Call
+from lens_core._positions import Positions, local_positions
+from lens_core.errors import HookFunctionError, HookValueError, LensError, UnsupportedHookError
+from lens_core.hook_points import HookPoint
+from lens_core.shapes import axis_index
+
+if TYPE_CHECKING:
+    from lens_core._plan import Run
+
+__all__ = ["Hook", "HookEntry", "HookFunction", "Sink", "Watch", "same_bits"]
+
+HookFunction = Callable[..., Any]
+"""`fn(tensor, hook)`, the second argument by keyword; returns a replacement or None."""
+
+
+class Hook:
+    """What a hook function is told about the place and the moment.
+
+    Attributes:
+        name: Canonical name of the hook point.
+        ctx: A dictionary of this hook point that is kept until `reset_hooks(clear_contexts=True)`.
+        step: 0 for the prompt, then one more for every call that continues it.
+        is_prefill: Whether this call starts the sequence.
+    """
+
+    __slots__ = ("_device", "_layer", "_positions", "ctx", "is_prefill", "name", "step")
+
+    def __init__(
+        self, point: HookPoint, ctx: dict[str, Any], call: Call, positions: Sequence[int], device: torch.device
+    ) -> None:
+        self.name = point.name
+        self.ctx = ctx
+        self.step = call.step
+        self.is_prefill = call.is_prefill
+        self._layer = point.layer
+        self._positions = positions
+        self._device = device
+
+    def layer(self) -> int:
+        """Give the 0-based block of this hook point.
+
+        Raises:
+            UnsupportedHookError: The place is outside the blocks.
+        """
+        if self._layer is None:
+            raise UnsupportedHookError(f"{self.name!r} is not inside a block and has no layer")
+        return self._layer
+
+    @property
+    def positions(self) -> Tensor:
+        """Absolute 0-based positions along the tensor's position axis: columns of the whole sequence, padding counted."""
+        return torch.tensor(self._positions, dtype=torch.long, device=self._device)
+
+    def __repr__(self) -> str:
+        """Show name and step."""
+        return f"Hook({self.name!r}, step={self.step})"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class HookEntry:
+    """A hook function and where it was put."""
+
+    names: tuple[str, ...]
+    exact: bool
+    fn: HookFunction
+    positions: Positions = None
+    direction: Literal["fwd", "bwd"] = "fwd"
+    is_permanent: bool = False
+    level: int | None = None
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Somewhere that values go: an activation cache being filled."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def keeps_graph(self) -> bool: ...
+    @property
+    def wants_gradient(self) -> bool: ...
+
+    def begin(self, call: Call) -> None: ...
+    def store(self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool) -> None: ...
+    def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call) -> None: ...
+
+
+class Watch:
+    """A hook point that a run serves."""
+
+    def __init__(self, point: HookPoint, run: "Run") -> None:
+        self.point = point
+        self.name = point.name
+        self.run = run
+        self.entries: list[HookEntry] = []
+        self.backward: list[HookEntry] = []
+        self.sinks: list[Sink] = []
+        self.by_name = False
+        """Whether somebody asked for this very name, not through a filter."""
+        self.edited = False
+        """Whether the last value was replaced by other bits."""
+        self.rerouted = False
+        """Whether the last value's place in autograd's graph matters: replaced, detached, kept or hooked backward."""
+        axis = axis_index(point.shape, name="pos")
+        self._axis = axis if axis is not None else axis_index(point.shape, name="query")
+
+    def add_entry(self, entry: HookEntry, *, by_name: bool) -> None:
+        """Attach a hook function."""
+        (self.entries if entry.direction == "fwd" else self.backward).append(entry)
+        self.by_name = self.by_name or by_name
+
+    def add_sink(self, sink: Sink, *, by_name: bool) -> None:
+        """Attach a cache."""
+        self.sinks.append(sink)
+        self.by_name = self.by_name or by_name
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the value must stay on autograd's path: for a backward hook, a gradient, or a cache that is not detached."""
+        return bool(self.backward) or any(sink.keeps_graph or sink.wants_gradient for sink in self.sinks)
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a value that is computed beside the model must be computed with gradients."""
+        return torch.is_grad_enabled() and (bool(self.entries) or self.keeps_graph)
+
+    def fire(self, value: Tensor, *, beside: bool = False) -> Tensor:
+        """Pass a value through the hooks and into the caches; `edited` and `rerouted` tell what became of it.
+
+        What is returned goes downstream. With nothing changed and nothing kept on the graph it is `value` itself.
+        `beside` says that the value was computed beside the model, which needs `edited` to compare bits: an identity
+        edit then leaves the model's own computation in place.
+        """
+        call = self.run.now
+        call.fired[self.name] = call.fired.get(self.name, 0) + 1
+        self.edited = self.rerouted = False
+        original = value
+        for entry in self.entries:
+            value = self._apply(entry, value, call, beside=beside)
+        if self.keeps_graph and torch.is_grad_enabled() and value.is_floating_point():
+            value = self._on_graph(value, call)
+        for sink in self.sinks:
+            sink.store(self.point, value, call, is_foreign=value is not original)
+        return value
+
+    def _apply(self, entry: HookEntry, value: Tensor, call: Call, *, beside: bool = False) -> Tensor:
+        """Call one function on its own clone of the value (or of its positions), and put back what it returns."""
+        index, hook = self._locate(entry, value, call)
+        if index is not None and not len(index):
+            return value
+        shown = value if index is None else value.index_select(self._axis or 0, index)
+        handed = shown.clone()
+        version = None if handed.is_inference() else handed._version
+        new = self._call(entry, handed, hook)
+        if new is None:
+            new = handed
+        written = not same_bits(handed, shown) if version is None else handed._version != version
+        if new is handed and not written:
+            # With gradients the function's tensor is the one that flows, so that its .grad can be had.
+            return handed if index is None and torch.is_grad_enabled() and value.requires_grad else value
+        new = self._checked(new, shown, entry)
+        self.edited = self.edited or not beside or not same_bits(new, shown)
+        self.rerouted = self.rerouted or (torch.is_grad_enabled() and (new.requires_grad or shown.requires_grad))
+        return new if index is None else value.index_copy(self._axis or 0, index, new)
+
+    def _locate(self, entry: HookEntry, value: Tensor, call: Call) -> tuple[Tensor | None, Hook]:
+        length = value.shape[self._axis] if self._axis is not None and value.ndim > self._axis else call.n_pos
+        first = call.first_position(length)
+        absolute: Sequence[int] = range(first, first + length)
+        index: Tensor | None = None
+        if entry.positions is not None:
+            local = local_positions(entry.positions, first=first, total=call.total)
+            absolute = [first + position for position in local]
+            index = torch.tensor(local, dtype=torch.long, device=value.device)
+        ctx = self.run.contexts.setdefault(self.name, {})
+        return index, Hook(self.point, ctx, call, absolute, value.device)
+
+    def _call(self, entry: HookEntry, handed: Tensor, hook: Hook) -> Any:
+        try:
+            return entry.fn(handed, hook=hook)
+        except LensError:
+            raise
+        except Exception as error:
+            name = getattr(entry.fn, "__name__", repr(entry.fn))
+            raise HookFunctionError(
+                f"the hook function {name!r} at {self.name!r} raised {type(error).__name__}: {error}; "
+                f"it was given a tensor of shape {tuple(handed.shape)}"
+            ) from error
+
+    def _checked(self, new: Any, shown: Tensor, entry: HookEntry) -> Tensor:
+        """Hold a function's result to the place: a tensor of the same shape and device; a floating dtype is cast."""
+        name = getattr(entry.fn, "__name__", repr(entry.fn))
+        if not isinstance(new, Tensor):
+            raise HookValueError(
+                f"the hook function {name!r} at {self.name!r} returned {type(new).__name__}; "
+                "return a tensor of the same shape, or None to leave the value as it is"
+            )
+        if new.shape != shown.shape:
+            raise HookValueError(
+                f"the hook function {name!r} at {self.name!r} returned shape {tuple(new.shape)} where "
+                f"{tuple(shown.shape)} ({self.point.shape}) stands"
+            )
+        if new.device != shown.device:
+            raise HookValueError(
+                f"the hook function {name!r} at {self.name!r} returned a tensor on {new.device}; the place is on "
+                f"{shown.device}: return tensor.to(...) there"
+            )
+        if new.is_floating_point() != shown.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
+            raise HookValueError(
+                f"the hook function {name!r} at {self.name!r} returned dtype {new.dtype}, which cannot stand for {shown.dtype}"
+            )
+        return new.to(shown.dtype)
+
+    def _on_graph(self, value: Tensor, call: Call) -> Tensor:
+        """Make sure that gradients reach the value, and hook them."""
+        if not value.requires_grad:  # frozen parameters: the graph starts here
+            value = value.detach().requires_grad_()
+        self.rerouted = True
+        for entry in self.backward:
+            value.register_hook(lambda gradient, e=entry: self._apply_backward(e, gradient, call))
+        for sink in self.sinks:
+            if sink.wants_gradient or sink.keeps_graph:
+                value.register_hook(lambda gradient, s=sink: s.store_gradient(self.point, gradient, call))
+        return value
+
+    def _apply_backward(self, entry: HookEntry, gradient: Tensor, call: Call) -> Tensor | None:
+        with torch.no_grad():
+            new = self._apply(entry, gradient, call)
+        return None if new is gradient else new
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold equal values."""
+    return a is b or torch.equal(a, b)
+

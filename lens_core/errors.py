@@ -1,0 +1,194 @@
+"""Every error and warning that lens raises on purpose.
+
+LensError
+  PluginError                 an architecture plugin cannot serve
+    UnknownModelTypeError     nobody provides this HF model type
+    AmbiguousArchitectureError  two distributions claim one model type
+    PluginLoadError           the plugin's code failed to import or misbehaved
+    IncompatiblePluginError   written for another version of the plugin API or of transformers
+  LoadError                   a model cannot be loaded
+    ModelNotFoundError        no such id or folder
+    WeightsError              weights are missing or corrupt
+    UnsupportedConfigError    the config asks for something the architecture does not hold
+  HookError                   hooks, hook points and filters
+    UnknownHookError          no hook point of that name (also a KeyError)
+    EmptyFilterError          a filter matches nothing
+    HookFunctionError         a hook function raised
+    HookValueError            a hook function returned what cannot stand in its place
+    HookDidNotFireError       a name that was asked for was not reached
+    UnsupportedHookError      the hook point cannot be served in this situation
+  InputError                  input that the model cannot take
+    EmptyInputError
+    TokenIdError              a token id outside the vocabulary
+    ContextLengthError        longer than the model's context
+    PaddingError              a batch of unequal lengths without a pad token
+    TokenizerError            text without a tokenizer, or a token that is not one
+  ArgumentError               an argument of the wrong kind or value (also a TypeError)
+  CacheError                  activation caches
+    CacheFileError            not a cache file of ours, truncated, or unsafe
+  WeightError                 a weight view that this model cannot give
+LensWarning
+  CostWarning                 what was asked for costs much memory
+  PluginWarning               a plugin was left out
+  ConfigWarning               config keys that nobody knows were ignored
+"""
+
+__all__ = [
+    "AmbiguousArchitectureError",
+    "ArgumentError",
+    "CacheError",
+    "CacheFileError",
+    "ConfigWarning",
+    "ContextLengthError",
+    "CostWarning",
+    "EmptyFilterError",
+    "EmptyInputError",
+    "HookDidNotFireError",
+    "HookError",
+    "HookFunctionError",
+    "HookValueError",
+    "IncompatiblePluginError",
+    "InputError",
+    "LensError",
+    "LensWarning",
+    "LoadError",
+    "ModelNotFoundError",
+    "PaddingError",
+    "PluginError",
+    "PluginLoadError",
+    "PluginWarning",
+    "TokenIdError",
+    "TokenizerError",
+    "UnknownHookError",
+    "UnknownModelTypeError",
+    "UnsupportedConfigError",
+    "UnsupportedHookError",
+    "WeightError",
+    "WeightsError",
+]
+
+
+class LensError(Exception):
+    """Root of everything that lens raises on purpose."""
+
+
+class PluginError(LensError):
+    """An architecture plugin cannot serve."""
+
+
+class UnknownModelTypeError(PluginError):
+    """No installed plugin provides this HF model type."""
+
+
+class AmbiguousArchitectureError(PluginError):
+    """Two distributions claim the same HF model type."""
+
+
+class PluginLoadError(PluginError):
+    """A plugin's code failed to import, or did not return what the protocol asks for."""
+
+
+class IncompatiblePluginError(PluginError):
+    """A plugin was written for another version of the plugin API or of transformers."""
+
+
+class LoadError(LensError):
+    """A model cannot be loaded."""
+
+
+class ModelNotFoundError(LoadError):
+    """No model of that id, and no such folder."""
+
+
+class WeightsError(LoadError):
+    """A checkpoint's weights are missing or corrupt."""
+
+
+class UnsupportedConfigError(LoadError):
+    """A config asks for something that the architecture does not hold."""
+
+
+class HookError(LensError):
+    """Something about hooks, hook points or filters."""
+
+
+class UnknownHookError(HookError, KeyError):
+    """No hook point has that name; the message offers near matches."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
+class EmptyFilterError(HookError):
+    """A filter matches no hook point."""
+
+
+class HookFunctionError(HookError):
+    """A hook function raised; its exception is the `__cause__`."""
+
+
+class HookValueError(HookError):
+    """A hook function returned what cannot stand in its place: type, shape or device."""
+
+
+class HookDidNotFireError(HookError):
+    """A hook point that was asked for was not reached, or was reached more than once."""
+
+
+class UnsupportedHookError(HookError):
+    """A hook point cannot be served in this situation."""
+
+
+class InputError(LensError):
+    """The model cannot take this input."""
+
+
+class EmptyInputError(InputError):
+    """No tokens, or no rows."""
+
+
+class TokenIdError(InputError):
+    """A token id lies outside the vocabulary."""
+
+
+class ContextLengthError(InputError):
+    """The input is longer than the model's context."""
+
+
+class PaddingError(InputError):
+    """A batch of unequal lengths cannot be padded."""
+
+
+class TokenizerError(InputError):
+    """Text was given and there is no tokenizer, or a string is not the one token it should be."""
+
+
+class ArgumentError(LensError, TypeError):
+    """An argument has the wrong kind or value."""
+
+
+class CacheError(LensError):
+    """An activation cache cannot do what was asked."""
+
+
+class CacheFileError(CacheError):
+    """A file is not a cache of ours, is damaged, or is unsafe to read."""
+
+
+class WeightError(LensError):
+    """A weight view that this model cannot give."""
+
+
+class LensWarning(UserWarning):
+    """Root of lens' warnings."""
+
+
+class CostWarning(LensWarning):
+    """What was asked for costs much memory."""
+
+
+class PluginWarning(LensWarning):
+    """A plugin was left out, with the reason."""
+
+
+class ConfigWarning(LensWarning):
+    """Config keys unknown to HF were ignored."""

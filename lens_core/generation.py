@@ -1,0 +1,310 @@
+"""Generation by HF's own loop, with hooks live at every step."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from lens_core._arguments import checks_arguments
+from lens_core._inputs import Inputs, is_text, read_input
+from lens_core.cache import CacheSink
+from lens_core.errors import ArgumentError, ContextLengthError
+from lens_core.hook_points import NameFilter
+
+if TYPE_CHECKING:
+    from lens_core.model import LensModel
+
+__all__ = ["generate", "generate_stream"]
+
+
+@checks_arguments
+def generate(
+    model: "LensModel",
+    input: Any = "",  # noqa: A002 - TransformerLens' name
+    max_new_tokens: int = 10,
+    *,
+    stop_at_eos: bool = True,
+    eos_token_id: int | list[int] | None = None,
+    do_sample: bool = True,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    freq_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
+    use_past_kv_cache: bool = True,
+    prepend_bos: bool | None = None,
+    padding_side: Literal["left", "right"] | None = "left",
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    return_type: Literal["input", "str", "tokens"] = "input",
+    return_cache: bool = False,
+    names_filter: NameFilter = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    verbose: bool = False,
+    **hf_options: Any,
+) -> Any:
+    """Continue a text by HF's own `generate`; hooks fire at every step, and edits enter the model's cache.
+
+    The prompt is step 0 and gives logits for its last position only, as HF computes them; each later step has one
+    position. A hook function tells them apart by `hook.step`, `hook.is_prefill` and `hook.positions`.
+
+    Args:
+        model: The model.
+        input: Text, a list of texts, role/content messages, or token ids.
+        max_new_tokens: Tokens to add at most.
+        stop_at_eos: Whether a row ends at the end-of-sequence token.
+        eos_token_id: Which; None for the checkpoint's.
+        do_sample: False takes the likeliest token.
+        top_k: Sample from the k likeliest; None for all.
+        top_p: Sample from the likeliest that hold this probability; None for all.
+        temperature: Divides the logits; 0 is greedy.
+        freq_penalty: Subtracted from a token's logit for each time it occurs already.
+        repetition_penalty: HF's; 1 for none.
+        use_past_kv_cache: False runs the whole sequence anew at each step.
+        prepend_bos: As in `forward`.
+        padding_side: For a list of texts; generation continues on the right, so right padding is refused by HF's rule.
+        attention_mask: For token ids with padding.
+        return_type: `"input"` gives what `input` was, text or ids; `"str"` text; `"tokens"` ids, prompt included.
+        return_cache: Give `(result, cache)`; the cache holds all positions, the prompt's and the new ones.
+        names_filter: What to cache; None for the default names.
+        device: Where to keep the cache.
+        dtype: Kept dtype of floating activations.
+        verbose: Show a progress bar.
+        **hf_options: Anything else that HF's `generate` takes, such as `num_beams`.
+
+    Raises:
+        ContextLengthError: Prompt and new tokens do not fit the context.
+        ArgumentError: A wrong `return_type`, or an option that HF does not know.
+    """
+    if return_type not in ("input", "str", "tokens"):
+        raise ArgumentError(f"return_type is 'input', 'str' or 'tokens'; got {return_type!r}")
+    for name, number in (("temperature", temperature), ("freq_penalty", freq_penalty)):
+        if not isinstance(number, int | float):
+            raise ArgumentError(f"{name} is a number; got {number!r}")
+    inputs = _prompt(model, input, max_new_tokens, prepend_bos, padding_side, attention_mask)
+    options = _hf_options(
+        max_new_tokens=max_new_tokens,
+        stop_at_eos=stop_at_eos,
+        eos_token_id=eos_token_id,
+        do_sample=do_sample and temperature > 0,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        freq_penalty=freq_penalty,
+        repetition_penalty=repetition_penalty,
+        use_cache=use_past_kv_cache,
+        pad_token_id=_pad_id(model),
+    )
+    cache = model._new_cache()
+    sinks = [CacheSink(cache, model.table.select(names_filter), device=device, dtype=dtype)] if return_cache else []
+    with model._running((), sinks), _progress(max_new_tokens if verbose else 0) as streamer:
+        tokens = _call_hf(model, inputs, {**options, **hf_options}, streamer=streamer)
+    as_text = return_type == "str" or (return_type == "input" and is_text(input))
+    result = _as_text(model, tokens, is_batch=isinstance(input, list) and not _is_conversation(input)) if as_text else tokens
+    return (result, cache) if return_cache else result
+
+
+@checks_arguments
+def generate_stream(
+    model: "LensModel",
+    input: Any = "",  # noqa: A002 - TransformerLens' name
+    max_new_tokens: int = 10,
+    *,
+    max_tokens_per_yield: int = 1,
+    return_type: Literal["input", "str", "tokens"] = "input",
+    **options: Any,
+) -> Iterator[Any]:
+    """Generate as `generate` does, and give the new tokens while they come.
+
+    HF's loop runs in a thread that shares this context's hooks; leaving the iterator early stops it.
+
+    Args:
+        model: The model.
+        input: As in `generate`.
+        max_new_tokens: Tokens to add at most.
+        max_tokens_per_yield: Steps in one piece.
+        return_type: `"tokens"` gives ids `[batch, new]`, the others text for one row and a list for several.
+        **options: As in `generate`.
+    """
+    if max_tokens_per_yield < 1:
+        raise ArgumentError(f"max_tokens_per_yield is at least 1; got {max_tokens_per_yield}")
+    stream = _Stream()
+    outcome: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            stop = StoppingCriteriaList([_StopWhen(stream.closed)])
+            generate(model, input, max_new_tokens, return_type="tokens", streamer=stream, stopping_criteria=stop, **options)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            outcome.append(error)
+        finally:
+            stream.end()
+
+    thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
+    thread.start()
+    as_text = return_type == "str" or (return_type == "input" and is_text(input))
+    is_batch = isinstance(input, list) and not _is_conversation(input)
+    try:
+        for piece in stream.pieces(max_tokens_per_yield):
+            yield _as_text(model, piece, is_batch=is_batch) if as_text else piece
+    finally:
+        stream.closed.set()
+        thread.join()
+    if outcome:
+        raise outcome[0]
+
+
+# ---------------------------------------------------------------------- the parts
+
+
+def _prompt(
+    model: "LensModel", given: Any, max_new_tokens: int, prepend_bos: Any, padding_side: Any, mask: Any
+) -> Inputs:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ArgumentError(f"max_new_tokens is a positive number; got {max_new_tokens!r}")
+    if isinstance(given, Tensor) and given.is_floating_point():
+        raise ArgumentError("generation starts from text or token ids, not from embeddings")
+    side = padding_side if is_text(given) else None
+    inputs = read_input(model, given, prepend_bos=prepend_bos, padding_side=side, attention_mask=mask)
+    n_prompt, n_ctx = inputs.tokens.shape[1] if inputs.tokens is not None else 0, model.cfg.n_ctx
+    if n_prompt + max_new_tokens > n_ctx:
+        raise ContextLengthError(
+            f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {n_ctx}; ask for fewer"
+        )
+    return inputs
+
+
+def _hf_options(
+    *,
+    stop_at_eos: bool,
+    eos_token_id: Any,
+    freq_penalty: float,
+    top_k: int | None,
+    top_p: float | None,
+    temperature: float,
+    **plain: Any,
+) -> dict[str, Any]:
+    """Spell TransformerLens' options as HF's; HF's own defaults (`top_k=50`) do not slip in."""
+    options: dict[str, Any] = {**plain, "disable_compile": True}
+    if not stop_at_eos:
+        options["eos_token_id"] = None
+    elif eos_token_id is not None:
+        options["eos_token_id"] = eos_token_id
+    if plain["do_sample"]:
+        options |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p, "temperature": temperature}
+    if freq_penalty:
+        options["logits_processor"] = LogitsProcessorList([_FrequencyPenalty(freq_penalty)])
+    return options
+
+
+def _call_hf(model: "LensModel", inputs: Inputs, options: dict[str, Any], *, streamer: Any) -> Tensor:
+    mask = inputs.attention_mask
+    if mask is None and inputs.tokens is not None:
+        mask = torch.ones_like(inputs.tokens)
+    if streamer is not None:
+        options = {"streamer": streamer, **options}
+    try:
+        tokens: Tensor = model.hf_model.generate(inputs.tokens, attention_mask=mask, **options)
+    except ValueError as error:
+        if "model_kwargs" in str(error):
+            raise ArgumentError(f"HF's generate does not know an option: {error}") from error
+        raise
+    return tokens
+
+
+def _pad_id(model: "LensModel") -> int:
+    """The id that finished rows are filled with: the tokenizer's, the checkpoint's, or the end-of-sequence token."""
+    config = model.hf_model.generation_config
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    for candidate in (getattr(model.tokenizer, "pad_token_id", None), config.pad_token_id, eos):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _is_conversation(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and isinstance(given[0], dict)
+
+
+def _as_text(model: "LensModel", tokens: Tensor, *, is_batch: bool) -> str | list[str]:
+    rows = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return rows if is_batch else rows[0]
+
+
+class _FrequencyPenalty(LogitsProcessor):
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
+        return scores - self.penalty * counts
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class _Stream(BaseStreamer):
+    """Hands new tokens from HF's loop to an iterator; the prompt, which HF puts first, is dropped."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self._queue: queue.Queue[Tensor | None] = queue.Queue()
+        self._seen_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        if self._seen_prompt:
+            self._queue.put(value.reshape(-1, 1))
+        self._seen_prompt = True
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        """Give tokens `[batch, up to size]` until the end."""
+        waiting: list[Tensor] = []
+        while (step := self._queue.get()) is not None:
+            waiting.append(step)
+            if len(waiting) == size:
+                yield torch.cat(waiting, dim=1)
+                waiting = []
+        if waiting:
+            yield torch.cat(waiting, dim=1)
+
+
+@attrs.define(eq=False)
+class _Bar(BaseStreamer):
+    advance: Any
+
+    def put(self, value: Tensor) -> None:
+        self.advance(value)
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[BaseStreamer | None]:
+    if not total:
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("generating", total=total + 1)
+        yield _Bar(lambda _: progress.advance(task))

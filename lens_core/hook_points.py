@@ -1,0 +1,260 @@
+"""Names of hook points: the table of one model, its aliases, short forms and filters.
+
+A canonical name is `blocks.L.PART.hook_X`, `PART.hook_X` or `hook_X`. Short forms: `("q", 3)`, `("scale", 3, "ln1")`,
+`"q3"`, and `"q"` for all layers. `hf.PATH.input` and `hf.PATH.output` reach any HF module and are never matched by filters.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+
+from lens_core._arguments import checks_arguments
+from lens_core.errors import ArgumentError, EmptyFilterError, UnknownHookError
+
+__all__ = ["HookPoint", "HookTable", "NameFilter", "Selection"]
+
+NameFilter: TypeAlias = (
+    str | tuple[str, int | None] | tuple[str, int | None, str | None] | Sequence[Any] | set[str] | Callable[[str], bool] | None
+)
+"""None (the default names), a name, short form or glob, a list of these, or a predicate on canonical names."""
+
+SHORT_NAMES = {
+    "attn": "pattern",
+    "attn_logits": "attn_scores",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "mlp_pre": "pre",
+    "mlp_post": "post",
+}
+PART_NAMES = {"a": "attn", "m": "mlp", "attention": "attn", "b": "", "block": "", "blocks": ""}
+LEGACY_BLOCK_NAMES = {"hook_in": "hook_resid_pre", "hook_out": "hook_resid_post"}
+LEGACY_NAMES = {"embed.hook_out": "hook_embed", "pos_embed.hook_out": "hook_pos_embed"}
+
+
+@attrs.frozen(kw_only=True)
+class HookPoint:
+    """One named place in the computation of a model.
+
+    Example:
+        >>> HookPoint(name="hook_logits", shape="batch pos d_vocab", equation="the logits", seam=None).layer is None
+        True
+    """
+
+    name: str
+    """Canonical name, such as `blocks.3.attn.hook_q`."""
+    shape: str
+    """Axes in the words of `lens_core.shapes.AXES`; `HF's own` for `hf.` names."""
+    equation: str
+    """What the value is, as the hook contract defines it."""
+    seam: Any = attrs.field(repr=False)
+    """How the place is reached; a record of `lens_core.seams`."""
+    layer: int | None = None
+    """0-based block, or None outside the blocks."""
+    default: bool = True
+    """Whether a cache that names nothing holds it (starred names in the docs are not in it: they cost memory or time)."""
+
+    @property
+    def part(self) -> str:
+        """The name without its block: `attn.hook_q`."""
+        return self.name if self.layer is None else self.name.split(".", 2)[2]
+
+
+@attrs.frozen(kw_only=True)
+class Selection:
+    """What a filter chose: canonical names in the table's order."""
+
+    names: tuple[str, ...]
+    exact: bool
+    """Whether the names were given one by one (then a place that the run leaves out is an error)."""
+
+
+class HookTable(Mapping[str, HookPoint]):
+    """The hook points of one model by canonical name, in the order of computation."""
+
+    def __init__(
+        self,
+        points: Iterable[HookPoint],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        hf_point: Callable[[str], HookPoint | None] | None = None,
+    ) -> None:
+        """Index the points; `hf_point` makes the point of an `hf.` name, or returns None where HF has no such module."""
+        self._points = {point.name: point for point in points}
+        self._hf_point = hf_point
+        self.n_layers = 1 + max((p.layer for p in self._points.values() if p.layer is not None), default=-1)
+        self._parts: dict[str, list[str]] = {}  # part -> canonical names, by layer
+        for point in self._points.values():
+            self._parts.setdefault(point.part, []).append(point.name)
+        self._aliases = dict(aliases or {})
+        for alias, name in LEGACY_NAMES.items():
+            self._aliases.setdefault(alias, name)
+        for layer in range(self.n_layers):
+            for alias, name in LEGACY_BLOCK_NAMES.items():
+                self._aliases.setdefault(f"blocks.{layer}.{alias}", f"blocks.{layer}.{name}")
+        seen_block = False
+        self._depth: dict[str, int] = {}  # -1 embeddings, the layer, n_layers for what follows the blocks
+        for point in self._points.values():
+            seen_block = seen_block or point.layer is not None
+            after = self.n_layers if seen_block else -1
+            self._depth[point.name] = after if point.layer is None else point.layer
+
+    def __getitem__(self, name: str) -> HookPoint:
+        """Give the point of a name, alias or short form."""
+        canonical = self.canonical(name)
+        return self._points[canonical] if canonical in self._points else self._hf(canonical)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over canonical names, in the order of computation."""
+        return iter(self._points)
+
+    def __len__(self) -> int:
+        """Count the points, `hf.` names aside."""
+        return len(self._points)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether this is one of the canonical names."""
+        return name in self._points
+
+    def depth(self, name: str) -> int | None:
+        """Say where in the stack a place is: -1 before the blocks, its layer, n_layers after; None for `hf.` names."""
+        return self._depth.get(name)
+
+    @checks_arguments
+    def canonical(self, name: Any) -> str:
+        """Resolve a name, alias or short form to the one canonical name.
+
+        Raises:
+            UnknownHookError: No such hook point, or a short form that several share; near matches are offered.
+        """
+        names = self._lookup(name)
+        if len(names) != 1:
+            raise UnknownHookError(
+                f"{name!r} stands for {len(names)} hook points, {names[0]} to {names[-1]}; "
+                f"name one, such as {names[0]!r}"
+            )
+        return names[0]
+
+    @checks_arguments
+    def select(self, names: NameFilter) -> Selection:
+        """Resolve a filter: None (the default names), a name, short form or glob, a list of these, or a predicate.
+
+        Raises:
+            UnknownHookError: A name that does not exist.
+            EmptyFilterError: A filter that matches nothing.
+            ArgumentError: A filter of another type.
+        """
+        if names is None:
+            return Selection(names=tuple(n for n, p in self._points.items() if p.default), exact=False)
+        if isinstance(names, str) and any(sign in names for sign in "*?["):
+            return self._matching(fnmatch.filter(self._points, names), names)
+        if isinstance(names, str) or _is_short_form(names):
+            return Selection(names=tuple(self._lookup(names)), exact=True)
+        if callable(names):
+            return self._matching([n for n in self._points if names(n)], getattr(names, "__name__", names))
+        if isinstance(names, list | tuple | set | frozenset):
+            chosen = [self.select(one) for one in names if not isinstance(one, type(None))]
+            if len(chosen) != len(names) or not chosen:
+                raise EmptyFilterError(f"the list of hook names {names!r} is empty or holds None; name some hook points")
+            found = {name for selection in chosen for name in selection.names}
+            ordered = [n for n in self._points if n in found]
+            extra = sorted(found - set(ordered))
+            return Selection(names=(*ordered, *extra), exact=all(s.exact for s in chosen))
+        raise ArgumentError(
+            f"a names filter is a name, a list of names, a predicate on names, or None; got {type(names).__name__}: {names!r}"
+        )
+
+    def _matching(self, found: list[str], names: object) -> Selection:
+        if not found:
+            raise EmptyFilterError(
+                f"the filter {names!r} matches none of this model's {len(self)} hook points "
+                f"(such as {', '.join(list(self)[:3])}); model.hook_points() lists them"
+            )
+        return Selection(names=tuple(found), exact=False)
+
+    def _lookup(self, name: Any) -> list[str]:
+        if isinstance(name, str):
+            if name in self._points:
+                return [name]
+            if name in self._aliases:
+                return [self._aliases[name]]
+            if name.startswith("hf."):
+                return [self._hf(name).name]
+            found = self._short(name, None, None)
+            matched = re.fullmatch(r"([a-zA-Z_.]+?)(\d+)([a-z]\w*)?", name)
+            if not found and matched:  # TransformerLens' "q3" and "scale4ln1"
+                found = self._short(matched[1], int(matched[2]), matched[3])
+            if found:
+                return found
+        elif _is_short_form(name):
+            short, layer, *kind = name
+            found = self._short(short, layer, kind[0] if kind else None)
+            if found:
+                return found
+        else:
+            raise ArgumentError(f"a hook name is a string or a tuple such as ('q', 3); got {name!r}")
+        raise UnknownHookError(self._unknown(name))
+
+    def _short(self, name: str, layer: int | None, kind: str | None) -> list[str]:
+        if layer is not None:
+            if not -self.n_layers <= layer < self.n_layers:
+                raise UnknownHookError(
+                    f"layer {layer} of {name!r} does not exist: this model's layers are 0 to {self.n_layers - 1}"
+                )
+            layer %= self.n_layers
+        short = SHORT_NAMES.get(name, name)
+        kind = PART_NAMES.get(kind, kind) if kind else kind
+        parts = [
+            part
+            for part in self._parts
+            if part == name
+            or (_short_of(part) == short and (not kind or part.startswith(f"{kind}.")))
+            or (not kind and part.replace("hook_", "") == short)
+        ]
+        blocks = [part for part in parts if self._points[self._parts[part][0]].layer is not None]
+        ends = [part for part in parts if part not in blocks]
+        if layer is None and not kind and ends:  # TransformerLens: "scale" without a layer is the final norm's
+            blocks = []
+        chosen = blocks if layer is not None or not ends else ends
+        if len(chosen) > 1:
+            exact = [part for part in chosen if part in (f"hook_{short}", name)]
+            if len(exact) != 1:
+                options = ", ".join(repr(part) for part in chosen)
+                raise UnknownHookError(f"the short name {name!r} is shared by {options}; add the part: ({name!r}, L, 'ln1')")
+            chosen = exact
+        names = self._parts[chosen[0]] if chosen else []
+        if layer is None:
+            return list(names)
+        return [n for n in names if self._points[n].layer == layer]
+
+    def _hf(self, name: str) -> HookPoint:
+        point = self._hf_point(name) if self._hf_point else None
+        if point is None:
+            raise UnknownHookError(
+                f"no HF module for {name!r}: the form is hf.MODULE_PATH.input or hf.MODULE_PATH.output, "
+                "with a path of model.hf_model.named_modules()"
+            )
+        return point
+
+    def _unknown(self, name: object) -> str:
+        text = name if isinstance(name, str) else ".".join(str(bit) for bit in name)  # type: ignore[union-attr]
+        pool = [*self._points, *self._aliases, *(_short_of(part) for part in self._parts)]
+        near = difflib.get_close_matches(text, pool, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "model.hook_points() lists them"
+        return f"no hook point {name!r} in this model; {hint}"
+
+
+def _is_short_form(name: object) -> bool:
+    if not (isinstance(name, tuple) and 2 <= len(name) <= 3 and isinstance(name[0], str)):
+        return False
+    kind_ok = len(name) == 2 or name[2] is None or isinstance(name[2], str)
+    return kind_ok and (name[1] is None or (isinstance(name[1], int) and not isinstance(name[1], bool)))
+
+
+def _short_of(part: str) -> str:
+    return part.rsplit(".", 1)[-1].removeprefix("hook_")
+

@@ -1,0 +1,413 @@
+"""`load` and `LensModel`: HF's own model, with hook points."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import attrs
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_core import tokens as _tokens
+from lens_core._arguments import checks_arguments
+from lens_core._declaration import LensConfig
+from lens_core._hooking import Hooked
+from lens_core._inputs import Inputs, read_input, token_loss
+from lens_core._loading import Loaded, load_hf
+from lens_core._plan import StopForward
+from lens_core._positions import read_positions
+from lens_core.cache import ActivationCache, CacheSink
+from lens_core.errors import ArgumentError, InputError, WeightError
+from lens_core.generation import generate, generate_stream
+from lens_core.hook_points import NameFilter
+from lens_core.weights import WeightView, read_weight, stack_weight
+
+__all__ = ["LensModel", "load"]
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+@checks_arguments
+def load(
+    source: Any,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    tokenizer: Any = None,
+    strict: bool = True,
+    **from_pretrained: Any,
+) -> "LensModel":
+    """Load a language model.
+
+    Args:
+        source: An HF id, a local folder, an HF model in memory (left untouched), or `"toy:NAME"`.
+        dtype: A torch dtype or its name; None keeps the checkpoint's own.
+        device: One device for the whole model.
+        device_map: accelerate's placement over several devices.
+        revision: The hub's branch, tag or commit.
+        attn_implementation: `"sdpa"`, `"eager"`, ...; None lets HF choose.
+        tokenizer: A tokenizer, its id or folder, or False for none; None looks beside the model. Without one, token
+            ids still work.
+        strict: False loads a config with fields that the architecture does not hold; nothing then vouches for values.
+        **from_pretrained: Passed to HF's `from_pretrained`.
+
+    Raises:
+        ModelNotFoundError: No such id or folder.
+        UnknownModelTypeError: No installed plugin serves the model type; says what to install.
+        UnsupportedConfigError: The config holds something the architecture does not.
+        WeightsError: Weights are missing or corrupt.
+        ArgumentError: Options that contradict each other.
+
+    Example:
+        >>> import lens_core as lens
+        >>> model = lens.load("toy:gpt2")
+        >>> model.cfg.n_layers
+        2
+    """
+    options = {
+        "device_map": device_map,
+        "revision": revision,
+        "attn_implementation": attn_implementation,
+        **from_pretrained,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    loaded = load_hf(source, strict=strict, dtype=dtype, device=device, options=options)
+    found = None
+    if tokenizer is not False:
+        found = _tokens.find_tokenizer(loaded.tokenizer_source, tokenizer)
+    return LensModel(loaded, found)
+
+
+class LensModel(Hooked):
+    """An HF language model whose activations have names.
+
+    Make one by `load`. The HF model is `hf_model`; it is never wrapped or changed, and outside of hooked runs nothing of
+    ours is on it.
+
+    Attributes:
+        hf_model: HF's own model.
+        tokenizer: HF's tokenizer, or None.
+        architecture: The descriptor of the plugin that serves this model.
+    """
+
+    def __init__(self, loaded: Loaded, tokenizer: Any = None) -> None:
+        super().__init__(loaded.hf_model, loaded.declaration)
+        self.architecture = loaded.architecture
+        self.tokenizer = tokenizer
+        self._views = {view.name: view for view in self.declaration.weights}
+
+    def __repr__(self) -> str:
+        """Show the model and its rule for BOS."""
+        cfg = self.cfg
+        bos = "no tokenizer" if self.tokenizer is None else "BOS as the tokenizer does"
+        return (
+            f"LensModel({cfg.model_name!r}, {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.dtype}, {cfg.device}, {bos})"
+        )
+
+    @property
+    def cfg(self) -> LensConfig:
+        """Dimensions and kinds, under TransformerLens' names; read-only."""
+        return attrs.evolve(self.declaration.cfg, dtype=self._module.dtype, device=self._module.device)
+
+    # ------------------------------------------------------------------ running
+
+    @checks_arguments
+    def __call__(self, input: Any, return_type: ReturnType = "logits", **kwargs: Any) -> Any:  # noqa: A002
+        """Run the model; see `forward`."""
+        return self.forward(input, return_type, **kwargs)
+
+    @checks_arguments
+    def forward(
+        self,
+        input: Any,  # noqa: A002 - TransformerLens' name
+        return_type: ReturnType = "logits",
+        *,
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        position_ids: Int[Tensor, "batch pos"] | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        """Run HF's forward, with whatever hooks are live.
+
+        Args:
+            input: Text, a list of texts, role/content messages, token ids `[pos]` or `[batch, pos]`, embeddings
+                `[batch, pos, d_model]`, or, with `start_at_layer`, the residual stream that enters that block.
+            return_type: `"logits"`, `"loss"` (mean next-token cross-entropy in nats over real tokens), `"both"`, or None.
+            loss_per_token: Loss for each position `[batch, pos - 1]`, zero where the target or its context is padding.
+            prepend_bos: None does what the tokenizer does; True or False forces exactly one BOS or none.
+            padding_side: For a list of texts; None is the tokenizer's own. It changes no value at real positions.
+            attention_mask: 1 for real tokens, past ones included; None derives it.
+            position_ids: None derives them from the mask for models with absolute positions.
+            start_at_layer: Skip the blocks below; they are not run. Negative counts from the end.
+            stop_at_layer: Return the residual stream that enters this block `[batch, pos, d_model]`; the blocks from
+                here on are not run. `n_layers` gives what enters the final norm.
+            tokens: Targets for the loss where the input is embeddings or a residual stream.
+            past_key_values: HF's cache, to continue a sequence; it is extended in place.
+            use_cache: Whether HF fills `past_key_values`; None when one is given.
+
+        Raises:
+            InputError: Input that the model cannot take: empty, unknown ids, too long, no tokenizer, no pad token.
+            ArgumentError: An argument of the wrong kind, such as a layer that does not exist.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ArgumentError(f"return_type is 'logits', 'loss', 'both' or None; got {return_type!r}")
+        start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        inputs = read_input(
+            self,
+            input,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            is_residual=start is not None,
+            targets=tokens,
+        )
+        wants_cache = past_key_values is not None if use_cache is None else use_cache
+        residual = inputs.embeddings if start is not None else None
+        with self._running(start_at=start, stop_at=stop, residual=residual) as run:
+            try:
+                output = self.hf_model(
+                    **inputs.for_hf(), past_key_values=past_key_values, use_cache=wants_cache and start is None
+                )
+            except StopForward as stopped:
+                return stopped.residual
+            finally:
+                if run is not None:
+                    run.call = None
+        return self._result(output.logits, inputs, return_type, loss_per_token=loss_per_token)
+
+    def _result(self, logits: Tensor, inputs: Inputs, return_type: ReturnType, *, loss_per_token: bool) -> Any:
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return logits
+        if inputs.targets is None:
+            raise InputError("a loss needs token ids: give tokens= beside embeddings or a residual stream")
+        loss = token_loss(logits, inputs.targets, inputs.attention_mask, per_token=loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    @checks_arguments
+    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int | None, int | None]:
+        n_layers = self.declaration.cfg.n_layers
+
+        @checks_arguments
+        def read(name: str, layer: int | None) -> int | None:
+            if layer is None:
+                return None
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer <= n_layers:
+                raise ArgumentError(f"{name} is a layer from {-n_layers} to {n_layers}; got {layer!r}")
+            return layer + n_layers if layer < 0 else layer
+
+        first, last = read("start_at_layer", start), read("stop_at_layer", stop)
+        if first is not None and last is not None and last < first:
+            raise ArgumentError(f"stop_at_layer={stop} comes before start_at_layer={start}")
+        return first, last
+
+    @checks_arguments
+    def run_with_cache(
+        self,
+        input: Any,  # noqa: A002 - TransformerLens' name
+        *,
+        names_filter: NameFilter = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: Any = None,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        return_cache_object: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model and cache activations; gives `(output, cache)`.
+
+        Args:
+            input: As in `forward`.
+            names_filter: A name, short form, glob, list of names or predicate; None for the default names. The starred
+                names of the contract cost memory or time and are cached only when asked for.
+            device: Where to keep the activations; the model stays.
+            dtype: Kept dtype of floating activations.
+            remove_batch_dim: Drop the batch axis of a batch of one.
+            incl_bwd: Call `backward()` on the output, which must be a scalar (`return_type="loss"`), and keep the
+                gradients in `cache.grad`.
+            pos_slice: Positions to keep; the axis stays.
+            reset_hooks_end: False keeps added hooks (they are kept in any case: the cache's own taps are gone).
+            clear_contexts: Whether every `ctx` is emptied at the end.
+            return_cache_object: False gives a dictionary instead.
+            **kwargs: As in `forward`.
+
+        Example:
+            >>> import lens_core as lens
+            >>> model = lens.load("toy:gpt2")
+            >>> logits, cache = model.run_with_cache("the cat sat", names_filter="pattern")
+            >>> cache["pattern", 1].ndim
+            4
+        """
+        cache = self._new_cache()
+        sink = CacheSink(
+            cache,
+            self._table.select(names_filter),
+            incl_bwd=incl_bwd,
+            device=device,
+            dtype=dtype,
+            pos_slice=read_positions(pos_slice),
+        )
+        try:
+            with self._running((), (sink,)):
+                output = self.forward(input, **kwargs)
+                if incl_bwd:
+                    if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
+                        raise ArgumentError("incl_bwd needs a scalar output with gradients: return_type='loss', no torch.no_grad()")
+                    output.backward()
+        finally:
+            if clear_contexts:
+                self.clear_contexts()
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        return output, cache if return_cache_object else dict(cache)
+
+    @checks_arguments
+    def run_with_hooks(
+        self,
+        input: Any,  # noqa: A002 - TransformerLens' name
+        *,
+        fwd_hooks: Sequence[Any] = (),
+        bwd_hooks: Sequence[Any] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model with hooks for this call only.
+
+        Args:
+            input: As in `forward`.
+            fwd_hooks: `(name or filter, fn)` or `(name or filter, fn, positions)`; `fn(tensor, hook=...)` returns a
+                replacement or None.
+            bwd_hooks: The same for gradients; they live as long as the graph.
+            reset_hooks_end: False keeps the hooks, as if added by `add_hook`.
+            clear_contexts: Whether every `ctx` is emptied at the end.
+            **kwargs: As in `forward`.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self.forward(input, **kwargs)
+
+    generate = generate
+    generate_stream = generate_stream
+
+    def _new_cache(self) -> ActivationCache:
+        return ActivationCache(table=self._table, model=self)
+
+    # ------------------------------------------------------------------ pieces
+
+    def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:  # noqa: A002
+        """Embed token ids or text: what `hook_embed` holds, positions left out."""
+        tokens = self.to_tokens(input) if not isinstance(input, Tensor) else input
+        return self._module.get_submodule(self.declaration.embed)(tokens)
+
+    def ln_final(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Apply the final norm, gain and bias included."""
+        return self._module.get_submodule(self.declaration.norms["ln_final"].path)(residual)
+
+    def unembed(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Apply the unembedding to what the final norm hands on."""
+        return self._module.get_submodule(self.declaration.unembed)(normalized)
+
+    def weight(self, name: str, layer: int | None = None) -> Tensor:
+        """Give one weight in TransformerLens' layout; a view of the live parameter.
+
+        Raises:
+            WeightError: No such weight, no such layer, or a weight that cannot be shown (quantised, on meta).
+        """
+        return read_weight(self._view(name), self._module.get_submodule, layer)
+
+    def _view(self, name: str) -> WeightView:
+        if name not in self._views:
+            raise WeightError(f"no weight {name!r} in {self.architecture.name}; there are {', '.join(self._views)}")
+        return self._views[name]
+
+    def __getattr__(self, name: str) -> Any:
+        """Give a stacked weight (`W_Q`, `b_O`, ...), or an attribute of `torch.nn.Module` from the HF model."""
+        views = self.__dict__.get("_views", {})
+        if name in views:
+            return stack_weight(views[name], self._module.get_submodule, self.declaration.cfg.n_layers)
+        if name in _MODULE_ATTRIBUTES:
+            return getattr(self.hf_model, name)
+        raise AttributeError(f"LensModel has no attribute {name!r}; HF's own are on model.hf_model")
+
+    def to(self, *args: Any, **kwargs: Any) -> "LensModel":
+        """Move or cast the HF model in place; gives this object back."""
+        self.hf_model.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> "LensModel":
+        """Put the HF model in evaluation mode."""
+        self.hf_model.eval()
+        return self
+
+    def train(self, mode: bool = True) -> "LensModel":
+        """Put the HF model in training mode."""
+        self.hf_model.train(mode)
+        return self
+
+    # ------------------------------------------------------------------ tokens
+
+    def to_tokens(self, input: Any, **options: Any) -> Int[Tensor, "batch pos"]:  # noqa: A002
+        """Turn text into token ids on the model's device; see `lens_core.tokens.to_tokens`."""
+        return _tokens.to_tokens(self.tokenizer, input, device=self._module.device, **options).tokens
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Turn token ids into text: one string, or one for each row."""
+        return _tokens.to_string(self.tokenizer, tokens)
+
+    def to_str_tokens(self, input: Any, **options: Any) -> Any:  # noqa: A002
+        """Give each token as text."""
+        return _tokens.to_str_tokens(self.tokenizer, input, **options)
+
+    def to_single_token(self, string: str) -> int:
+        """Give the id of a string that is one token.
+
+        Raises:
+            TokenizerError: It is not; the message says which tokens it is.
+        """
+        return _tokens.to_single_token(self.tokenizer, string)
+
+    def to_single_str_token(self, token: int) -> str:
+        """Give one token id as text."""
+        return _tokens.to_single_str_token(self.tokenizer, token)
+
+    def get_token_position(self, single_token: str | int, input: Any, **options: Any) -> int:  # noqa: A002
+        """Find a token in text or ids: its first or last position."""
+        return _tokens.get_token_position(self.tokenizer, single_token, input, **options)
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Give the direction whose dot product with the final norm's output is the token's logit (less `b_U`).
+
+        Args:
+            tokens: One token as text or id, a list of these, or a tensor of ids.
+
+        Returns:
+            `[d_model]` for one token, else the tokens' shape with `d_model` appended.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        elif isinstance(tokens, list | tuple):
+            tokens = torch.tensor([self.to_single_token(t) if isinstance(t, str) else t for t in tokens])
+        directions = self.weight("W_U").T[torch.as_tensor(tokens, device=self._module.device)]
+        return directions[0] if isinstance(tokens, Tensor) and tokens.numel() == 1 else directions
+
+
+_MODULE_ATTRIBUTES = frozenset(
+    ("parameters", "named_parameters", "state_dict", "load_state_dict", "zero_grad", "requires_grad_", "device", "dtype",
+     "training", "config", "modules", "named_modules")
+)
+

@@ -1,0 +1,111 @@
+"""All that the author of an architecture plugin imports.
+
+A plugin's top module is its descriptor: it implements `lens_architectures`, and importing it must import neither torch
+nor transformers. Hence the names that the implementation needs, and that need torch, are loaded when they are touched.
+
+Example:
+    >>> from lens_core.plugin import Architecture, Capability, Support, hookimpl
+    >>> @hookimpl
+    ... def lens_architectures():
+    ...     return [
+    ...         Architecture(
+    ...             name="Foo",
+    ...             model_types=("foo",),
+    ...             api_version=1,
+    ...             transformers=">=5.20,<6",
+    ...             implementation="lens_foo._architecture:Foo",
+    ...             capabilities=dict.fromkeys(Capability, Support.FULL),
+    ...             config_handled=("vocab_size", "hidden_size"),
+    ...         )
+    ...     ]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lens_core._descriptor import API_VERSION, Architecture, Capability, CapabilitySupport, Support
+from lens_core._hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from lens_core._declaration import Declaration, LensConfig, NormPlace
+    from lens_core._norms import LAYER_NORM, NormKind
+    from lens_core.hook_points import HookPoint
+    from lens_core.seams import (
+        Attention,
+        Columns,
+        Embedding,
+        HeadInput,
+        HeadResult,
+        ModuleInput,
+        ModuleOutput,
+        NormInside,
+        Seam,
+        Tokens,
+        Unembedding,
+        Whole,
+    )
+    from lens_core.weights import WeightView
+
+__all__ = [
+    "API_VERSION",
+    "LAYER_NORM",
+    "Architecture",
+    "Attention",
+    "Capability",
+    "CapabilitySupport",
+    "Columns",
+    "Declaration",
+    "Embedding",
+    "HeadInput",
+    "HeadResult",
+    "HookPoint",
+    "LensConfig",
+    "ModuleInput",
+    "ModuleOutput",
+    "NormInside",
+    "NormKind",
+    "NormPlace",
+    "Seam",
+    "Support",
+    "Tokens",
+    "Unembedding",
+    "WeightView",
+    "Whole",
+    "hookimpl",
+]
+
+_LAZY = {  # name -> the module that defines it
+    **dict.fromkeys(("Declaration", "LensConfig", "NormPlace"), "lens_core._declaration"),
+    **dict.fromkeys(("LAYER_NORM", "NormKind"), "lens_core._norms"),
+    **dict.fromkeys(
+        (
+            "Attention",
+            "Columns",
+            "Embedding",
+            "HeadInput",
+            "HeadResult",
+            "ModuleInput",
+            "ModuleOutput",
+            "NormInside",
+            "Seam",
+            "Tokens",
+            "Unembedding",
+            "Whole",
+        ),
+        "lens_core.seams",
+    ),
+    "HookPoint": "lens_core.hook_points",
+    "WeightView": "lens_core.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

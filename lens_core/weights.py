@@ -1,0 +1,79 @@
+"""Weights in TransformerLens' layout, as views of the live HF parameters.
+
+A view is declared by the module that holds the weight, the columns of it, and an einops pattern. Linear weights are seen
+as `[in, out]`, whichever way HF stores them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lens_core.errors import WeightError
+
+__all__ = ["WeightView", "read_weight", "stack_weight"]
+
+
+@attrs.frozen(kw_only=True)
+class WeightView:
+    """Where a weight is and how it is laid out."""
+
+    name: str
+    """`W_Q`, `b_O`, ..."""
+    path: str
+    """The module; `{layer}` stands for the block."""
+    part: str = "weight"
+    """The parameter of the module; a missing bias reads as zeros."""
+    columns: tuple[int, int] | None = None
+    """Which outputs of a fused projection (the last axis)."""
+    pattern: str | None = None
+    """An einops pattern, such as `"d (h e) -> h d e"`."""
+    sizes: Mapping[str, int] = attrs.field(factory=dict)
+    width: int | None = None
+    """Length of the zeros that stand for a missing bias."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every block has its own."""
+        return "{layer}" in self.path
+
+
+def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer: int | None = None) -> Tensor:
+    """Read one weight: a view of the live parameter, or a loaded copy where the module is offloaded.
+
+    Raises:
+        WeightError: A layer is missing, or the module is quantised or adapted and its weight is not a plain matrix.
+    """
+    from accelerate.utils import align_module_device
+
+    if view.per_layer and layer is None:
+        raise WeightError(f"{view.name} has one entry for each layer: give the layer")
+    module: Any = find_module(view.path.format(layer=layer))
+    with align_module_device(module):
+        tensor = getattr(module, view.part, None)
+        if tensor is None:
+            return torch.zeros(view.width or 0, dtype=module.weight.dtype, device=module.weight.device)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise WeightError(
+                f"{view.name} of {type(module).__name__} is quantised or replaced; it has no plain weight to show. "
+                "Dequantise the model before taking weights apart"
+            )
+        if isinstance(module, nn.Linear) and view.part == "weight":
+            tensor = tensor.T
+        if any(state.device.type == "meta" for state in module._parameters.values() if state is not None):
+            raise WeightError(f"{view.name} is on the meta device: the model has no weights loaded")
+        if getattr(module, "_hf_hook", None) is not None:
+            tensor = tensor.clone()  # a loaded copy: the module goes back to the meta device
+    if view.columns is not None:
+        tensor = tensor[..., slice(*view.columns)]
+    return rearrange(tensor, view.pattern, **view.sizes) if view.pattern else tensor
+
+
+def stack_weight(view: WeightView, find_module: Callable[[str], nn.Module], n_layers: int) -> Tensor:
+    """Stack a per-layer weight over layers (a copy), or read the one there is."""
+    if not view.per_layer:
+        return read_weight(view, find_module)
+    return torch.stack([read_weight(view, find_module, layer) for layer in range(n_layers)])

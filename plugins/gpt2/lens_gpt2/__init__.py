@@ -1,0 +1,71 @@
+"""GPT-2 for lens: the descriptor, which imports neither torch nor transformers."""
+
+from lens_core.plugin import Architecture, Capability, Support, hookimpl
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "lens_architectures"]
+
+_CAPABILITIES = {
+    Capability.ATTENTION_PATTERN: Support.FULL,
+    Capability.SSM_STATE: (Support.ABSENT, "GPT-2 has no state-space layer"),
+    Capability.POSITION_EMBEDDING: Support.FULL,
+    Capability.PER_HEAD: Support.FULL,
+    Capability.GENERATE: Support.FULL,
+    Capability.LEFT_PADDING: Support.FULL,
+    Capability.WEIGHT_VIEWS: Support.FULL,
+    Capability.DEVICE_MAP: Support.FULL,
+    Capability.GRADIENTS: Support.FULL,
+    Capability.GRADIENT_CHECKPOINTING: Support.FULL,
+    Capability.TORCH_COMPILE: Support.FULL,
+}
+
+# `add_cross_attention` is in neither tuple: a decoder with cross-attention has places that nothing here declares.
+_CONFIG_HANDLED = (
+    "activation_function",
+    "attn_pdrop",
+    "bos_token_id",
+    "embd_pdrop",
+    "eos_token_id",
+    "layer_norm_epsilon",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "n_layer",
+    "n_positions",
+    "pad_token_id",
+    "reorder_and_upcast_attn",
+    "resid_pdrop",
+    "scale_attn_by_inverse_layer_idx",
+    "scale_attn_weights",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+
+_CONFIG_IGNORED = (
+    "initializer_range",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+)
+
+
+@hookimpl
+def lens_architectures() -> list[Architecture]:
+    """Describe GPT-2."""
+    return [
+        Architecture(
+            name="GPT-2",
+            model_types=("gpt2",),
+            api_version=1,
+            transformers=">=5.20,<6",
+            implementation="lens_gpt2._architecture:GPT2",
+            capabilities=_CAPABILITIES,
+            config_handled=_CONFIG_HANDLED,
+            config_ignored=_CONFIG_IGNORED,
+            toy="toy",
+        )
+    ]

@@ -14,8 +14,8 @@ help: ## Say what there is to make.
 demo: .venv/.runtime ## Find the induction heads of the toy GPT-2; ARGS="--text ..." goes to `lens demo`.
 	@$(BIN)/lens demo $(ARGS)
 
-test: .venv/.dev ## Run every check; ARGS goes to pytest.
-	@scripts/check $(ARGS)
+test: .venv/.dev ## Run every check.
+	@scripts/check
 
 docs: .venv/.dev ## Build the documentation into docs/_build.
 	@$(BIN)/sphinx-build -W -n --keep-going -q docs docs/_build

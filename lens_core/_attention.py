@@ -1,8 +1,8 @@
 """Scores and pattern inside HF's attention, whatever kernel runs.
 
-For a run, the name `ALL_ATTENTION_FUNCTIONS` in the globals of the attention class' file is a dispatcher: it asks HF's
-own registry for the kernel that HF would have called, and wraps the call on the layers asked for. Config, implementation
-name and masks stay as they are, since HF's code tests all three.
+For a run, the name `ALL_ATTENTION_FUNCTIONS` in the globals of the attention class' file is a dispatcher: it asks
+HF's own registry for the kernel that HF would have called, and wraps the call on the layers asked for. Config,
+implementation name and masks stay as they are, since HF's code tests all three.
 
 The transparent kernel is the model's own eager function, run with its one softmax intercepted: the argument is the
 scores, the result the pattern, and every cast, scale and soft cap is that model's. It runs beside the fused kernel and
@@ -11,6 +11,7 @@ takes its place only where a function changed a value; where gradients are wante
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -55,17 +56,20 @@ class AttentionSeam:
         module = run.module(self.path)
         handler = _Handler(by_part.get("scores"), by_part.get("pattern"))
         if self.method is not None:
+
+            def handle_method(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                def kernel(_: nn.Module, *arguments: Any, **options: Any) -> Any:
+                    return original(*arguments, **options)
+
+                return handler(kernel, None, module, *args, **kwargs)
+
             slot = function_slot(vars(module), self.method, original=getattr(module, self.method))
-            yield SlotStep(
-                path=self.path,
-                slot=slot,
-                key=slot.key,
-                handler=lambda original, *args, **kwargs: handler(_without_module(original), None, module, *args, **kwargs),
-            )
+            yield SlotStep(path=self.path, slot=slot, key=slot.key, handler=handle_method)
         namespace = inspect.unwrap(type(module).forward).__globals__
         if "ALL_ATTENTION_FUNCTIONS" not in namespace:
             raise UnsupportedHookError(
-                f"{type(module).__name__} does not use HF's attention interface; scores and pattern cannot be reached there"
+                f"{type(module).__name__} does not use HF's attention interface; "
+                "scores and pattern cannot be reached there"
             )
         slot = Slot(namespace=namespace, name="ALL_ATTENTION_FUNCTIONS", make=lambda _, original: _Dispatcher(original))
         yield SlotStep(path=self.path, slot=slot, key=("attention", id(module)), handler=handler)
@@ -101,10 +105,6 @@ class _Dispatcher:
 
     def __contains__(self, name: object) -> bool:
         return name in self._registry
-
-
-def _without_module(method: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, *args, **kwargs: method(*args, **kwargs)
 
 
 class _Enough(Exception):  # noqa: N818 - not an error: leaves the eager function once the pattern is known
@@ -144,14 +144,11 @@ class _Handler:
         functions = any(watch.entries for watch in self.watches)
         needs_graph = any(watch.needs_graph for watch in self.watches)
         explicit = None
-        with (
-            torch.set_grad_enabled(needs_graph),
-            _Inside(self, is_real=False, masked=_masked_cells(additive), stop_at_pattern=not (functions or needs_graph)) as inside,
-        ):
-            try:
-                explicit = eager(module, query, key[:, :, :length], value[:, :, :length], additive, **kwargs)[0]
-            except _Enough:
-                pass
+        inside = _Inside(
+            self, is_real=False, masked=_masked_cells(additive), stop_at_pattern=not (functions or needs_graph)
+        )
+        with torch.set_grad_enabled(needs_graph), suppress(_Enough), inside:
+            explicit = eager(module, query, key[:, :, :length], value[:, :, :length], additive, **kwargs)[0]
         inside.check(module)
         if explicit is not None and (inside.is_edited or (inside.is_rerouted and dropout)):
             return explicit.contiguous(), None
@@ -214,8 +211,8 @@ class _Inside(TorchFunctionMode):
         """Raise when the eager function did not compute one softmax."""
         if self.softmaxes != 1:
             raise UnsupportedHookError(
-                f"the eager attention of {type(module).__name__} computed {self.softmaxes} softmaxes where one was expected; "
-                "scores and pattern cannot be told apart there"
+                f"the eager attention of {type(module).__name__} computed {self.softmaxes} softmaxes where one was "
+                "expected; scores and pattern cannot be told apart there"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where a call begins and ends: counting calls, starting and stopping at a layer, and the price of what was asked for."""
+"""Where a call begins and ends: counting, starting and stopping at a layer, and the price of what was asked for."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lens_core._plan import Run
 
 __all__ = ["boundary_steps", "warn_of_cost"]
-
 
 
 def boundary_steps(run: "Run") -> Iterator[ModuleStep | SlotStep]:
@@ -46,11 +45,10 @@ def _leave_model(call: ModuleCall) -> None:
 
 
 def _begin(call: ModuleCall) -> None:
-    given = call.kwargs.get("inputs_embeds")
-    tokens = call.args[0] if call.args and isinstance(call.args[0], Tensor) else call.kwargs.get("input_ids")
-    source = tokens if tokens is not None else given
+    tokens: Any = call.args[0] if call.args and isinstance(call.args[0], Tensor) else call.kwargs.get("input_ids")
+    source: Tensor = tokens if tokens is not None else call.kwargs["inputs_embeds"]
     batch, n_pos = source.shape[:2]
-    cache = call.kwargs.get("past_key_values")
+    cache: Any = call.kwargs.get("past_key_values")
     past = int(cache.get_seq_length()) if cache is not None else 0
     call.run.begin_call(Call(batch=batch, n_pos=n_pos, past=past, device=source.device))
 
@@ -86,7 +84,7 @@ def warn_of_cost(run: "Run", call: Call) -> None:
     """Warn of the bytes that a filter's starred names will cost in this run."""
     starred = [w for w in run.watches if w.sinks and not w.by_name and not w.point.default]
     sizes = {**run.sizes, "batch": call.batch, "pos": call.n_pos, "query": call.n_pos, "key": call.total}
-    itemsize = getattr(run.hf_model, "dtype").itemsize  # noqa: B009 - a property of PreTrainedModel, not of nn.Module
+    itemsize = run.hf_model.dtype.itemsize
     total = sum(element_count(w.point.shape, sizes) for w in starred) * itemsize
     if starred:
         warnings.warn(

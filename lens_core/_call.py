@@ -49,12 +49,14 @@ class ModuleCall:
 
     __slots__ = ("args", "input_changed", "kwargs", "module", "output", "output_changed", "run")
 
-    def __init__(self, run: "Run", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __init__(
+        self, run: "Run", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         self.run = run
         self.module = module
         self.args = args
         self.kwargs = kwargs
-        self.output = output
+        self.output: Any = output
         self.input_changed = False
         self.output_changed = False
 
@@ -82,29 +84,31 @@ class ModuleCall:
         for key, value in self.kwargs.items():
             if isinstance(value, Tensor):
                 return key
-        raise UnsupportedHookError(f"{type(self.module).__name__} was called without any tensor; its input cannot be hooked")
+        raise UnsupportedHookError(
+            f"{type(self.module).__name__} was called without any tensor; its input cannot be hooked"
+        )
 
     @property
     def result(self) -> Tensor:
         """The module's output, or the first tensor of a tuple or an HF output record."""
-        return self.output if isinstance(self.output, Tensor) else self.output[self._result_key()]
+        output: Any = self.output
+        return output if isinstance(output, Tensor) else output[self._result_key()]
 
     @result.setter
     def result(self, new: Tensor) -> None:
-        if isinstance(self.output, Tensor):
+        output: Any = self.output
+        if isinstance(output, Tensor):
             self.output = new
-        elif isinstance(self.output, tuple):
+        elif type(output) is tuple:
             key = self._result_key()
-            self.output = (*self.output[:key], new, *self.output[key + 1 :])
+            self.output = (*output[:key], new, *output[key + 1 :])
         else:
-            changed = type(self.output)(**self.output)
-            changed[self._result_key()] = new
-            self.output = changed
+            self.output = type(output)(**{**output, self._result_key(): new})
         self.output_changed = True
 
     def _result_key(self) -> Any:
-        items = self.output.items() if hasattr(self.output, "items") else enumerate(self.output or ())
-        for key, value in items:
+        output: Any = self.output
+        for key, value in output.items() if hasattr(output, "items") else enumerate(output or ()):
             if isinstance(value, Tensor):
                 return key
         raise UnsupportedHookError(f"{type(self.module).__name__} returned no tensor; its output cannot be hooked")

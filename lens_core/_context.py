@@ -1,16 +1,17 @@
 """Which runs are live in the current context (thread or task): at most one for each HF model, the innermost."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["active_run", "active_runs", "activated"]
+__all__ = ["activated", "active_run", "active_runs"]
 
-_runs: ContextVar[Mapping[int, "Run"]] = ContextVar("lens_core_runs", default={})
+_runs: ContextVar[Mapping[int, "Run"]] = ContextVar("lens_core_runs", default=MappingProxyType({}))
 
 
 def active_run(hf_model: Any) -> "Run | None":
@@ -24,7 +25,7 @@ def active_runs() -> Collection["Run"]:
 
 
 @contextmanager
-def activated(hf_model: Any, run: "Run") -> Iterator[None]:
+def activated(hf_model: Any, run: "Run") -> Generator[None, None, None]:
     """Make a run the live one of its model, in this context only."""
     token = _runs.set({**_runs.get(), id(hf_model): run})
     try:

@@ -84,6 +84,6 @@ class Declaration:
     embeddings: tuple[str, ...]
     """Hook points that sum to the first block's input."""
     weights: tuple[WeightView, ...]
-    aliases: Mapping[str, str] = attrs.field(factory=dict)
+    aliases: Mapping[str, str] = attrs.field(factory=dict[str, str])
     has_absolute_positions: bool = False
     """Whether position ids must be derived from a padding mask."""

@@ -1,8 +1,8 @@
 """Slots that HF code looks up by name, filled for a run by a dispatcher and given back as they were.
 
-A slot is one key of a namespace: a module's globals, or an instance's `__dict__`. While any run needs it, the slot holds
-one dispatcher that asks the current context which run, if any, wants the call; runs of other threads and other models see
-the original. The first run puts the dispatcher in, the last one takes it out.
+A slot is one key of a namespace: a module's globals, or an instance's `__dict__`. While any run needs it, the slot
+holds one dispatcher that asks the current context which run, if any, wants the call; runs of other threads and other
+models see the original. The first run puts the dispatcher in, the last one takes it out.
 """
 
 import threading
@@ -45,7 +45,7 @@ class _Taken:
 
 
 def function_slot(namespace: MutableMapping[str, Any], name: str, *, original: Any = None) -> Slot:
-    """Describe a slot that holds a plain function; a run's handler is called as `handler(original, *args, **kwargs)`."""
+    """Describe a slot of a plain function; a run's handler is called as `handler(original, *args, **kwargs)`."""
     return Slot(namespace=namespace, name=name, make=_function_dispatcher, original=original)
 
 

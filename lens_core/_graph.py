@@ -20,8 +20,8 @@ class _Substitute(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0], None
 
 
 def with_gradient_of(explicit: Tensor, own: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Hooks on one model: adding, scoping and removing them, and the runs that serve them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import attrs
 import torch
@@ -28,10 +28,10 @@ class Hooked:
     def __init__(self, hf_model: nn.Module, declaration: Declaration) -> None:
         self.hf_model: Any = hf_model
         self.declaration = declaration
-        self._module: Any = getattr(hf_model, "_orig_mod", hf_model)  # inside a torch.compile wrapper
+        self.bare_model: Any = getattr(hf_model, "_orig_mod", hf_model)  # inside a torch.compile wrapper
         self._table = HookTable(declaration.points, aliases=declaration.aliases, hf_point=self._hf_point)
-        self._added: list[HookEntry] = []
-        self._contexts: dict[str, dict[str, Any]] = {}
+        self.added_hooks: list[HookEntry] = []
+        self.hook_contexts: dict[str, dict[str, Any]] = {}
 
     # ------------------------------------------------------------------ what there is
 
@@ -54,7 +54,7 @@ class Hooked:
         if side not in ("input", "output") or not path:
             return None
         try:
-            self._module.get_submodule(path)
+            self.bare_model.get_submodule(path)
         except AttributeError:
             return None
         seam = ModuleInput(path=path) if side == "input" else ModuleOutput(path=path)
@@ -69,7 +69,7 @@ class Hooked:
         self,
         name: NameFilter,
         fn: HookFunction,
-        dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002 - TransformerLens' name
+        dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
         *,
@@ -93,10 +93,10 @@ class Hooked:
             ArgumentError: Another `dir`, or something that cannot be called.
         """
         entry = self._entry((name, fn) if positions is None else (name, fn, positions), dir)
-        self._added.append(attrs.evolve(entry, is_permanent=is_permanent, level=level))
+        self.added_hooks.append(attrs.evolve(entry, is_permanent=is_permanent, level=level))
 
     @checks_arguments
-    def add_perma_hook(self, name: NameFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:  # noqa: A002
+    def add_perma_hook(self, name: NameFilter, fn: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:
         """Put a hook function that survives `reset_hooks()`."""
         self.add_hook(name, fn, dir, is_permanent=True)
 
@@ -124,22 +124,24 @@ class Hooked:
             other_level = level is not None and entry.level != level
             return other_direction or other_level or (entry.is_permanent and not including_permanent)
 
-        self._added = [entry for entry in self._added if stays(entry)]
+        self.added_hooks = [entry for entry in self.added_hooks if stays(entry)]
         if clear_contexts:
             self.clear_contexts()
 
     def clear_contexts(self) -> None:
         """Empty every hook point's `ctx`."""
-        for ctx in self._contexts.values():
+        for ctx in self.hook_contexts.values():
             ctx.clear()
 
     @checks_arguments
     def _entry(self, given: Any, direction: str) -> HookEntry:
         if direction not in ("fwd", "bwd"):
             raise ArgumentError(f"dir is 'fwd' or 'bwd'; got {direction!r}")
-        if not isinstance(given, tuple | list) or len(given) not in (2, 3) or not callable(given[1]):
-            raise ArgumentError(f"a hook is (name or filter, function) or (name or filter, function, positions); got {given!r}")
-        name, fn, *positions = given
+        if not (isinstance(given, tuple | list) and _is_hook(cast("Sequence[Any]", given))):
+            raise ArgumentError(
+                f"a hook is (name or filter, function) or (name or filter, function, positions); got {given!r}"
+            )
+        name, fn, *positions = cast("tuple[Any, ...]", given)
         selection = self._table.select(name)
         return HookEntry(
             names=selection.names,
@@ -159,7 +161,7 @@ class Hooked:
         bwd_hooks: Sequence[Any] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[Self]:
+    ) -> Generator[Self, None, None]:
         """Hook every call of the model inside the block, those of `hf_model` included, in this thread.
 
         Blocks nest: outer hooks run before inner ones, and each block removes only its own.
@@ -176,11 +178,11 @@ class Hooked:
         entries = [self._entry(given, "fwd") for given in fwd_hooks]
         entries += [self._entry(given, "bwd") for given in bwd_hooks]
         try:
-            with self._running(entries):
+            with self.running(entries):
                 yield self
         finally:
             if not reset_hooks_end:
-                self._added.extend(entries)
+                self.added_hooks.extend(entries)
             if clear_contexts:
                 self.clear_contexts()
 
@@ -195,7 +197,7 @@ class Hooked:
         device: Any = None,
         dtype: torch.dtype | None = None,
         pos_slice: Any = None,
-    ) -> Iterator[ActivationCache]:
+    ) -> Generator[ActivationCache, None, None]:
         """Cache activations of every call inside the block.
 
         A call that starts a sequence replaces what was there; one that continues it (a step of `generate`) appends.
@@ -208,7 +210,7 @@ class Hooked:
             dtype: Kept dtype of floating values.
             pos_slice: Positions to keep (int, slice or ints); the axis stays.
         """
-        cache = self._new_cache()
+        cache = self.new_cache()
         sink = CacheSink(
             cache,
             self._table.select(names),
@@ -218,13 +220,14 @@ class Hooked:
             dtype=dtype,
             pos_slice=read_positions(pos_slice),
         )
-        with self._running((), (sink,)):
+        with self.running((), (sink,)):
             yield cache
 
-    def _new_cache(self) -> ActivationCache:
+    def new_cache(self) -> ActivationCache:
+        """Make an empty cache of this model."""
         return ActivationCache(table=self._table)
 
-    def _running(
+    def running(
         self,
         entries: Sequence[HookEntry] = (),
         sinks: Sequence[CacheSink] = (),
@@ -234,19 +237,19 @@ class Hooked:
         residual: Tensor | None = None,
     ) -> Any:
         """Make a run live: permanent hooks, added ones, those of enclosing blocks, and these."""
-        parent = active_run(self._module)
-        added = tuple(sorted(self._added, key=lambda entry: not entry.is_permanent))
+        parent = active_run(self.bare_model)
+        added = tuple(sorted(self.added_hooks, key=lambda entry: not entry.is_permanent))
         is_plain = not entries and not sinks and start_at is None and stop_at is None
         if is_plain and (parent.added == added if parent is not None else not added):
             return nullcontext(parent)
         return Run(
-            self._module,
+            self.bare_model,
             self._table,
             base=self.declaration.base,
             blocks=self.declaration.blocks,
             final=self.declaration.norms["ln_final"].path,
             sizes=self.declaration.cfg.sizes,
-            contexts=self._contexts,
+            contexts=self.hook_contexts,
             added=added,
             entries=entries,
             sinks=sinks,
@@ -255,6 +258,10 @@ class Hooked:
             residual=residual,
             parent=parent,
         ).installed()
+
+
+def _is_hook(given: Sequence[Any]) -> bool:
+    return len(given) in (2, 3) and callable(given[1])
 
 
 @attrs.frozen
@@ -272,7 +279,7 @@ class BoundHookPoint:
     @property
     def ctx(self) -> dict[str, Any]:
         """The dictionary that hook functions here share."""
-        return self._model._contexts.setdefault(self.name, {})
+        return self._model.hook_contexts.setdefault(self.name, {})
 
     def layer(self) -> int | None:
         """0-based block, or None outside the blocks."""
@@ -281,35 +288,35 @@ class BoundHookPoint:
     def add_hook(
         self,
         hook: HookFunction,
-        dir: Literal["fwd", "bwd"] = "fwd",  # noqa: A002 - TransformerLens' name
+        dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
     ) -> None:
         """Put a hook function here until `reset_hooks`."""
         self._model.add_hook(self.name, hook, dir, is_permanent, level)
 
-    def add_perma_hook(self, hook: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:  # noqa: A002
+    def add_perma_hook(self, hook: HookFunction, dir: Literal["fwd", "bwd"] = "fwd") -> None:
         """Put a hook function here that survives `reset_hooks`."""
         self._model.add_hook(self.name, hook, dir, is_permanent=True)
 
-    def has_hooks(self, dir: Literal["fwd", "bwd", "both"] = "both", including_permanent: bool = True) -> bool:  # noqa: A002
+    def has_hooks(self, dir: Literal["fwd", "bwd", "both"] = "both", including_permanent: bool = True) -> bool:
         """Whether any added hook is here."""
         return any(
             self.name in entry.names
             and dir in (entry.direction, "both")
             and (including_permanent or not entry.is_permanent)
-            for entry in self._model._added
+            for entry in self._model.added_hooks
         )
 
     def remove_hooks(
         self,
-        dir: Literal["fwd", "bwd", "both"] = "both",  # noqa: A002 - TransformerLens' name
+        dir: Literal["fwd", "bwd", "both"] = "both",
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
         """Remove the added hooks here; hooks that a filter put at other points too stay there."""
         kept: list[HookEntry] = []
-        for entry in self._model._added:
+        for entry in self._model.added_hooks:
             goes = (
                 self.name in entry.names
                 and dir in (entry.direction, "both")
@@ -321,10 +328,8 @@ class BoundHookPoint:
                 kept.append(entry)
             elif others:
                 kept.append(attrs.evolve(entry, names=others))
-        self._model._added = kept
+        self._model.added_hooks = kept
 
     def clear_context(self) -> None:
         """Empty `ctx`."""
         self.ctx.clear()
-
-

@@ -1,6 +1,7 @@
 """What the user gave, brought to what HF's forward takes."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 import torch
@@ -56,7 +57,7 @@ def read_input(
         ArgumentError: Options that make no sense for this kind of input.
     """
     cfg = model.declaration.cfg
-    device = model._module.device
+    device = model.bare_model.device
     tokens = embeddings = None
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
     if isinstance(given, Tensor) and given.is_floating_point():
@@ -69,7 +70,9 @@ def read_input(
         embeddings = given.to(device)
         batch, n_pos = given.shape[:2]
     elif is_residual:
-        raise ArgumentError(f"start_at_layer takes the residual stream [batch, pos, d_model], not {type(given).__name__}")
+        raise ArgumentError(
+            f"start_at_layer takes the residual stream [batch, pos, d_model], not {type(given).__name__}"
+        )
     else:
         tokens, mask = _read_tokens(model, given, prepend_bos=prepend_bos, padding_side=padding_side, past=past)
         attention_mask = mask if attention_mask is None else attention_mask
@@ -94,7 +97,7 @@ def read_input(
 def is_text(given: Any) -> bool:
     """Whether the input is for the tokenizer: text, texts, or role/content messages."""
     while isinstance(given, list | tuple) and given:
-        given = given[0]
+        given = cast("Sequence[Any]", given)[0]
     return isinstance(given, str | dict)
 
 
@@ -112,7 +115,7 @@ def visible_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Ten
 def _read_tokens(
     model: "LensModel", given: Any, *, prepend_bos: bool | None, padding_side: Any, past: int
 ) -> tuple[Tensor, Tensor | None]:
-    cfg, device = model.declaration.cfg, model._module.device
+    cfg, device = model.declaration.cfg, model.bare_model.device
     if is_text(given):
         encoded = _tokens.to_tokens(
             model.tokenizer, given, prepend_bos=prepend_bos, padding_side=padding_side, device=device
@@ -126,12 +129,12 @@ def _read_tokens(
 
 @checks_arguments
 def _read_mask(
-    model: "LensModel", mask: Tensor, position_ids: Tensor | None, *, batch: int, total: int, n_pos: int
+    model: "LensModel", mask: object, position_ids: Tensor | None, *, batch: int, total: int, n_pos: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Drop a mask without padding; derive position ids from one with padding, where the model needs them."""
     if not isinstance(mask, Tensor):
         raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(mask).__name__}")
-    mask = _tokens.check_mask(mask, batch=batch, length=total).to(model._module.device)
+    mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.bare_model.device)
     if bool(mask.all()):
         return None, position_ids
     if position_ids is None and model.declaration.has_absolute_positions:

@@ -1,25 +1,27 @@
 """The weight of a linear module as a matrix, wherever it lives."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+
+from lens_core._offload import loaded
 
 __all__ = ["linear_weight"]
 
 
 @contextmanager
-def linear_weight(module: nn.Module) -> Iterator[tuple[Tensor, Tensor | None] | None]:
+def linear_weight(module: Any) -> Generator[tuple[Tensor, Tensor | None] | None, None, None]:
     """Give a linear module's weight as `[in, out]` and its bias; None where the module is not a plain linear map.
 
     Plain are `nn.Linear` and HF's `Conv1D` with a floating weight. An offloaded weight is loaded for the block and put
     back; the tensors are views of the live parameters otherwise, on autograd's graph.
     """
-    from accelerate.utils import align_module_device
     from transformers.pytorch_utils import Conv1D
 
     if type(module) not in (nn.Linear, Conv1D) or not module.weight.is_floating_point():
         yield None
         return
-    with align_module_device(module):
+    with loaded(module):
         yield (module.weight.T if type(module) is nn.Linear else module.weight), module.bias

@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
@@ -46,7 +46,7 @@ def load_hf(source: Any, *, strict: bool, dtype: Any, device: Any, options: dict
     if isinstance(source, nn.Module):
         return _adopt(source, strict=strict, dtype=dtype, device=device, options=options)
     if isinstance(source, os.PathLike):
-        source = os.fspath(source)
+        source = str(Path(cast("os.PathLike[str]", source)))
     if not isinstance(source, str) or not source:
         raise ArgumentError(f"lens.load takes an HF id, a folder, an HF model or 'toy:NAME'; got {source!r}")
     if source.startswith("toy:"):
@@ -70,7 +70,7 @@ def _adopt(hf_model: Any, *, strict: bool, dtype: Any, device: Any, options: dic
     if any(value is not None for value in given.values()):
         named = ", ".join(name for name, value in given.items() if value is not None)
         raise ArgumentError(f"{named} cannot be given with a model in memory, which is left as it is; move it before")
-    config = getattr(hf_model, "config", None)
+    config: Any = getattr(hf_model, "config", None)
     if getattr(config, "model_type", None) is None:
         raise ModelNotFoundError(f"{type(hf_model).__name__} is not an HF model: it has no config with a model_type")
     architecture = active_registry().resolve(config.model_type)
@@ -101,7 +101,8 @@ def _read_config(folder: str, options: dict[str, Any]) -> Any:
     try:
         if "gguf_file" in options:
             passed["gguf_file"] = options["gguf_file"]
-        return AutoConfig.from_pretrained(folder, **passed)
+        auto: Any = AutoConfig
+        return auto.from_pretrained(folder, **passed)
     except (OSError, ValueError, KeyError) as error:
         if is_folder and (Path(folder) / "config.json").is_file():
             raise UnsupportedConfigError(
@@ -117,7 +118,9 @@ def _read_config(folder: str, options: dict[str, Any]) -> Any:
 
 def _refuse_unsafe(options: dict[str, Any]) -> None:
     if options.get("trust_remote_code"):
-        raise ArgumentError("lens does not run code from a checkpoint: load the model yourself and give it to lens.load")
+        raise ArgumentError(
+            "lens does not run code from a checkpoint: load the model yourself and give it to lens.load"
+        )
 
 
 def check_config(config: Any, architecture: Architecture, *, strict: bool) -> None:
@@ -130,9 +133,9 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
     """
     from transformers import PreTrainedConfig
 
-    default = type(config)()
-    known = set(vars(default)) - set(vars(PreTrainedConfig()))
-    known |= {"tie_word_embeddings"} & set(vars(default))
+    default: Any = type(config)()
+    fields = _fields(default)
+    known = (fields - _fields(PreTrainedConfig())) | ({"tie_word_embeddings"} & fields)
     held = {*architecture.config_handled, *architecture.config_ignored}
     open_fields = sorted(known - held)
     refused = [f for f in open_fields if getattr(config, f, None) != getattr(default, f)]
@@ -142,12 +145,16 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
             f"{architecture.name} does not hold {listed}; hook values could be wrong. "
             "lens.load(..., strict=False) loads it uncertified"
         )
-    unknown = sorted(set(vars(config)) - set(vars(default)) - {"name_or_path", "_name_or_path"})
-    unknown = [name for name in unknown if not name.startswith("_") and name not in config.attribute_map]
+    unknown = sorted(_fields(config) - fields - {"name_or_path", "_name_or_path", "model_type"})
+    unknown = [name for name in unknown if not (name.startswith("_") or name in config.attribute_map)]
     if unknown:
         warnings.warn(
             f"config keys unknown to transformers are ignored: {', '.join(unknown)}", ConfigWarning, stacklevel=4
         )
+
+
+def _fields(config: Any) -> set[str]:
+    return set(vars(config))
 
 
 def check_tree(hf_model: Any, declaration: Declaration) -> None:
@@ -179,7 +186,8 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
     if device is not None:
         passed["device_map"] = {"": torch.device(device)}
     try:
-        hf_model, info = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM
+        hf_model, info = auto.from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **passed
         )
     except (OSError, SafetensorError, EOFError, RuntimeError) as error:
@@ -190,11 +198,11 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
     missing = sorted(info["missing_keys"])
     if missing:
         raise WeightsError(
-            f"the checkpoint {folder!r} lacks {len(missing)} weights, such as {missing[0]!r}; HF would fill them at random"
+            f"the checkpoint {folder!r} lacks {len(missing)} weights, such as {missing[0]!r}; "
+            "HF would fill them at random"
         )
     return hf_model.eval()
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0][:300]
-

@@ -1,12 +1,14 @@
 """Norms taken apart: the centred input, its scale, and what gain and bias make of the normalized input."""
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from lens_core._offload import loaded
 
 __all__ = ["LAYER_NORM", "NormKind"]
 
@@ -29,7 +31,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _layer_norm_split(
-    module: nn.Module, x: Float[Tensor, "*batch d_model"]
+    module: Any, x: Float[Tensor, "*batch d_model"]
 ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch 1"]]:
     """Centre, and take sqrt(var + eps) (torch `nn.LayerNorm`, biased variance)."""
     x = _at_least_float32(x)
@@ -37,9 +39,9 @@ def _layer_norm_split(
     return centred, (centred.pow(2).mean(-1, keepdim=True) + module.eps).sqrt()
 
 
-def _layer_norm_affine(module: nn.Module, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def _layer_norm_affine(module: Any, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """Multiply the gain and add the bias, rounding once as torch's kernel does."""
-    with align_module_device(module):
+    with loaded(module):
         out = _at_least_float32(normalized)
         if module.weight is not None:
             out = out * module.weight.to(out.device)

@@ -4,7 +4,7 @@ A `Run` is one innermost stretch of hooked calls of one HF model in one context.
 point that was asked for; seams turn groups of watches into steps; all steps at one side of one module share a tap.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core._call import Call, ModuleCall
-from lens_core._context import active_run, activated
+from lens_core._context import activated, active_run
 from lens_core._functions import Slot, give_back, take
 from lens_core._watch import HookEntry, Sink, Watch
 from lens_core.errors import HookDidNotFireError, UnsupportedHookError
@@ -64,7 +64,7 @@ class Run:
 
     def __init__(
         self,
-        hf_model: nn.Module,
+        hf_model: Any,
         table: HookTable,
         *,
         base: str,
@@ -168,7 +168,7 @@ class Run:
     # ------------------------------------------------------------------ installing
 
     @contextmanager
-    def installed(self) -> Iterator["Run"]:
+    def installed(self) -> Generator["Run", None, None]:
         """Install the taps and make this the live run of its model; leave nothing behind.
 
         Raises:
@@ -299,7 +299,7 @@ def _checkpointed_above(hf_model: nn.Module, paths: Iterable[str]) -> list[nn.Mo
 
 
 @contextmanager
-def _eager_if_compiled(modules: Iterable[Any]) -> Iterator[None]:
+def _eager_if_compiled(modules: Iterable[Any]) -> Generator[None, None, None]:
     """Run compiled modules eagerly, since compiled code does not see hooks; torch's switch for it is process-wide."""
     if not any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in modules):
         yield

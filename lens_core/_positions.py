@@ -1,7 +1,7 @@
 """Positions that a hook entry may name: absolute, 0-based, or negative from the end of the sequence so far."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ def read_positions(given: Any) -> Positions:
         ArgumentError: Anything else.
     """
     if given is None or isinstance(given, slice):
-        return given
+        return cast("slice[Any, Any, Any] | None", given)
     if isinstance(given, Tensor):
-        given = given.nonzero().flatten().tolist() if given.dtype == torch.bool else given.tolist()
+        tensor: Any = given.nonzero().flatten() if given.dtype == torch.bool else given
+        given = tensor.tolist()
     if isinstance(given, int) and not isinstance(given, bool):
         return given
     if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        listed = tuple(given)
+        listed = tuple(cast("Iterable[Any]", given))
         if listed and all(isinstance(p, int) and not isinstance(p, bool) for p in listed):
             return listed
     raise ArgumentError(f"positions are an int, a slice, or some ints; got {given!r}")

@@ -1,6 +1,7 @@
 """One hook point during one run: its hook functions, the caches that want its value, and what they did to it."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -57,7 +58,7 @@ class Hook:
 
     @property
     def positions(self) -> Tensor:
-        """Absolute 0-based positions along the tensor's position axis: columns of the whole sequence, padding counted."""
+        """Absolute 0-based positions on the tensor's position axis: columns of the whole sequence, padding counted."""
         return torch.tensor(self._positions, dtype=torch.long, device=self._device)
 
     def __repr__(self) -> str:
@@ -127,7 +128,7 @@ class Watch:
 
     @property
     def keeps_graph(self) -> bool:
-        """Whether the value must stay on autograd's path: for a backward hook, a gradient, or a cache that is not detached."""
+        """Whether the value must stay on autograd's path: for a backward hook, a gradient, or an undetached cache."""
         return bool(self.backward) or any(sink.keeps_graph or sink.wants_gradient for sink in self.sinks)
 
     @property
@@ -218,7 +219,8 @@ class Watch:
             )
         if new.is_floating_point() != shown.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
             raise HookValueError(
-                f"the hook function {name!r} at {self.name!r} returned dtype {new.dtype}, which cannot stand for {shown.dtype}"
+                f"the hook function {name!r} at {self.name!r} returned dtype {new.dtype}, "
+                f"which cannot stand for {shown.dtype}"
             )
         return new.to(shown.dtype)
 
@@ -227,20 +229,23 @@ class Watch:
         if not value.requires_grad:  # frozen parameters: the graph starts here
             value = value.detach().requires_grad_()
         self.rerouted = True
+        tensor: Any = value
         for entry in self.backward:
-            value.register_hook(lambda gradient, e=entry: self._apply_backward(e, gradient, call))
+            tensor.register_hook(partial(self._apply_backward, entry, call))
         for sink in self.sinks:
             if sink.wants_gradient or sink.keeps_graph:
-                value.register_hook(lambda gradient, s=sink: s.store_gradient(self.point, gradient, call))
+                tensor.register_hook(partial(self._store_gradient, sink, call))
         return value
 
-    def _apply_backward(self, entry: HookEntry, gradient: Tensor, call: Call) -> Tensor | None:
+    def _apply_backward(self, entry: HookEntry, call: Call, gradient: Tensor) -> Tensor | None:
         with torch.no_grad():
             new = self._apply(entry, gradient, call)
         return None if new is gradient else new
+
+    def _store_gradient(self, sink: Sink, call: Call, gradient: Tensor) -> None:
+        sink.store_gradient(self.point, gradient, call)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape hold equal values."""
     return a is b or torch.equal(a, b)
-

@@ -2,10 +2,11 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 import torch
@@ -29,7 +30,7 @@ __all__ = ["generate", "generate_stream"]
 @checks_arguments
 def generate(
     model: "LensModel",
-    input: Any = "",  # noqa: A002 - TransformerLens' name
+    input: Any = "",
     max_new_tokens: int = 10,
     *,
     stop_at_eos: bool = True,
@@ -71,7 +72,7 @@ def generate(
         repetition_penalty: HF's; 1 for none.
         use_past_kv_cache: False runs the whole sequence anew at each step.
         prepend_bos: As in `forward`.
-        padding_side: For a list of texts; generation continues on the right, so right padding is refused by HF's rule.
+        padding_side: For a list of texts; generation continues on the right, so padding belongs on the left.
         attention_mask: For token ids with padding.
         return_type: `"input"` gives what `input` was, text or ids; `"str"` text; `"tokens"` ids, prompt included.
         return_cache: Give `(result, cache)`; the cache holds all positions, the prompt's and the new ones.
@@ -87,7 +88,8 @@ def generate(
     """
     if return_type not in ("input", "str", "tokens"):
         raise ArgumentError(f"return_type is 'input', 'str' or 'tokens'; got {return_type!r}")
-    for name, number in (("temperature", temperature), ("freq_penalty", freq_penalty)):
+    numbers: dict[str, object] = {"temperature": temperature, "freq_penalty": freq_penalty}
+    for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise ArgumentError(f"{name} is a number; got {number!r}")
     inputs = _prompt(model, input, max_new_tokens, prepend_bos, padding_side, attention_mask)
@@ -104,19 +106,21 @@ def generate(
         use_cache=use_past_kv_cache,
         pad_token_id=_pad_id(model),
     )
-    cache = model._new_cache()
+    cache = model.new_cache()
     sinks = [CacheSink(cache, model.table.select(names_filter), device=device, dtype=dtype)] if return_cache else []
-    with model._running((), sinks), _progress(max_new_tokens if verbose else 0) as streamer:
+    with model.running((), sinks), _progress(max_new_tokens if verbose else 0) as streamer:
         tokens = _call_hf(model, inputs, {**options, **hf_options}, streamer=streamer)
     as_text = return_type == "str" or (return_type == "input" and is_text(input))
-    result = _as_text(model, tokens, is_batch=isinstance(input, list) and not _is_conversation(input)) if as_text else tokens
+    result = (
+        _as_text(model, tokens, is_batch=isinstance(input, list) and not _is_conversation(input)) if as_text else tokens
+    )
     return (result, cache) if return_cache else result
 
 
 @checks_arguments
 def generate_stream(
     model: "LensModel",
-    input: Any = "",  # noqa: A002 - TransformerLens' name
+    input: Any = "",
     max_new_tokens: int = 10,
     *,
     max_tokens_per_yield: int = 1,
@@ -143,8 +147,10 @@ def generate_stream(
     def work() -> None:
         try:
             stop = StoppingCriteriaList([_StopWhen(stream.closed)])
-            generate(model, input, max_new_tokens, return_type="tokens", streamer=stream, stopping_criteria=stop, **options)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            generate(
+                model, input, max_new_tokens, return_type="tokens", streamer=stream, stopping_criteria=stop, **options
+            )
+        except BaseException as error:  # handed to the caller's thread
             outcome.append(error)
         finally:
             stream.end()
@@ -167,7 +173,7 @@ def generate_stream(
 
 
 def _prompt(
-    model: "LensModel", given: Any, max_new_tokens: int, prepend_bos: Any, padding_side: Any, mask: Any
+    model: "LensModel", given: Any, max_new_tokens: Any, prepend_bos: Any, padding_side: Any, mask: Any
 ) -> Inputs:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens is a positive number; got {max_new_tokens!r}")
@@ -178,7 +184,8 @@ def _prompt(
     n_prompt, n_ctx = inputs.tokens.shape[1] if inputs.tokens is not None else 0, model.cfg.n_ctx
     if n_prompt + max_new_tokens > n_ctx:
         raise ContextLengthError(
-            f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {n_ctx}; ask for fewer"
+            f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {n_ctx}; "
+            "ask for fewer"
         )
     return inputs
 
@@ -223,16 +230,16 @@ def _call_hf(model: "LensModel", inputs: Inputs, options: dict[str, Any], *, str
 
 def _pad_id(model: "LensModel") -> int:
     """The id that finished rows are filled with: the tokenizer's, the checkpoint's, or the end-of-sequence token."""
-    config = model.hf_model.generation_config
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    for candidate in (getattr(model.tokenizer, "pad_token_id", None), config.pad_token_id, eos):
-        if candidate is not None:
-            return int(candidate)
-    return 0
+    config: Any = model.hf_model.generation_config
+    eos: Any = config.eos_token_id
+    if isinstance(eos, list):
+        eos = cast("list[int]", eos)[0]
+    candidates: list[int | None] = [getattr(model.tokenizer, "pad_token_id", None), config.pad_token_id, eos, 0]
+    return next(candidate for candidate in candidates if candidate is not None)
 
 
 def _is_conversation(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and isinstance(given[0], dict)
+    return isinstance(given, list) and bool(given) and isinstance(cast("list[Any]", given)[0], dict)
 
 
 def _as_text(model: "LensModel", tokens: Tensor, *, is_batch: bool) -> str | list[str]:
@@ -255,7 +262,7 @@ class _StopWhen(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -289,17 +296,17 @@ class _Stream(BaseStreamer):
 
 @attrs.define(eq=False)
 class _Bar(BaseStreamer):
-    advance: Any
+    advance: Callable[[], None]
 
     def put(self, value: Tensor) -> None:
-        self.advance(value)
+        self.advance()
 
     def end(self) -> None:
         pass
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[BaseStreamer | None]:
+def _progress(total: int) -> Generator[BaseStreamer | None, None, None]:
     if not total:
         yield None
         return
@@ -307,4 +314,4 @@ def _progress(total: int) -> Iterator[BaseStreamer | None]:
 
     with Progress(transient=True) as progress:
         task = progress.add_task("generating", total=total + 1)
-        yield _Bar(lambda _: progress.advance(task))
+        yield _Bar(partial(progress.advance, task))

@@ -1,14 +1,14 @@
 """Names of hook points: the table of one model, its aliases, short forms and filters.
 
 A canonical name is `blocks.L.PART.hook_X`, `PART.hook_X` or `hook_X`. Short forms: `("q", 3)`, `("scale", 3, "ln1")`,
-`"q3"`, and `"q"` for all layers. `hf.PATH.input` and `hf.PATH.output` reach any HF module and are never matched by filters.
+`"q3"`, and `"q"` for all layers. `hf.PATH.input` and `hf.PATH.output` reach any HF module; filters never match them.
 """
 
 import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import attrs
 
@@ -18,7 +18,13 @@ from lens_core.errors import ArgumentError, EmptyFilterError, UnknownHookError
 __all__ = ["HookPoint", "HookTable", "NameFilter", "Selection"]
 
 NameFilter: TypeAlias = (
-    str | tuple[str, int | None] | tuple[str, int | None, str | None] | Sequence[Any] | set[str] | Callable[[str], bool] | None
+    str
+    | tuple[str, int | None]
+    | tuple[str, int | None, str | None]
+    | Sequence[Any]
+    | set[str]
+    | Callable[[str], bool]
+    | None
 )
 """None (the default names), a name, short form or glob, a list of these, or a predicate on canonical names."""
 
@@ -56,7 +62,7 @@ class HookPoint:
     layer: int | None = None
     """0-based block, or None outside the blocks."""
     default: bool = True
-    """Whether a cache that names nothing holds it (starred names in the docs are not in it: they cost memory or time)."""
+    """Whether a cache that names nothing holds it; the starred names of the contract cost memory or time."""
 
     @property
     def part(self) -> str:
@@ -83,7 +89,7 @@ class HookTable(Mapping[str, HookPoint]):
         aliases: Mapping[str, str] | None = None,
         hf_point: Callable[[str], HookPoint | None] | None = None,
     ) -> None:
-        """Index the points; `hf_point` makes the point of an `hf.` name, or returns None where HF has no such module."""
+        """Index the points; `hf_point` makes the point of an `hf.` name, or None where HF has no such module."""
         self._points = {point.name: point for point in points}
         self._hf_point = hf_point
         self.n_layers = 1 + max((p.layer for p in self._points.values() if p.layer is not None), default=-1)
@@ -157,15 +163,18 @@ class HookTable(Mapping[str, HookPoint]):
         if callable(names):
             return self._matching([n for n in self._points if names(n)], getattr(names, "__name__", names))
         if isinstance(names, list | tuple | set | frozenset):
-            chosen = [self.select(one) for one in names if not isinstance(one, type(None))]
+            chosen = [self.select(one) for one in cast("Sequence[Any]", names) if one is not None]
             if len(chosen) != len(names) or not chosen:
-                raise EmptyFilterError(f"the list of hook names {names!r} is empty or holds None; name some hook points")
+                raise EmptyFilterError(
+                    f"the list of hook names {names!r} is empty or holds None; name some hook points"
+                )
             found = {name for selection in chosen for name in selection.names}
             ordered = [n for n in self._points if n in found]
             extra = sorted(found - set(ordered))
             return Selection(names=(*ordered, *extra), exact=all(s.exact for s in chosen))
         raise ArgumentError(
-            f"a names filter is a name, a list of names, a predicate on names, or None; got {type(names).__name__}: {names!r}"
+            "a names filter is a name, a list of names, a predicate on names, or None; "
+            f"got {type(names).__name__}: {names!r}"
         )
 
     def _matching(self, found: list[str], names: object) -> Selection:
@@ -224,7 +233,9 @@ class HookTable(Mapping[str, HookPoint]):
             exact = [part for part in chosen if part in (f"hook_{short}", name)]
             if len(exact) != 1:
                 options = ", ".join(repr(part) for part in chosen)
-                raise UnknownHookError(f"the short name {name!r} is shared by {options}; add the part: ({name!r}, L, 'ln1')")
+                raise UnknownHookError(
+                    f"the short name {name!r} is shared by {options}; add the part: ({name!r}, L, 'ln1')"
+                )
             chosen = exact
         names = self._parts[chosen[0]] if chosen else []
         if layer is None:
@@ -241,7 +252,7 @@ class HookTable(Mapping[str, HookPoint]):
         return point
 
     def _unknown(self, name: object) -> str:
-        text = name if isinstance(name, str) else ".".join(str(bit) for bit in name)  # type: ignore[union-attr]
+        text = name if isinstance(name, str) else ".".join(str(bit) for bit in cast("tuple[object, ...]", name))
         pool = [*self._points, *self._aliases, *(_short_of(part) for part in self._parts)]
         near = difflib.get_close_matches(text, pool, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "model.hook_points() lists them"
@@ -249,12 +260,12 @@ class HookTable(Mapping[str, HookPoint]):
 
 
 def _is_short_form(name: object) -> bool:
-    if not (isinstance(name, tuple) and 2 <= len(name) <= 3 and isinstance(name[0], str)):
+    form: tuple[Any, ...] = cast("tuple[Any, ...]", name) if isinstance(name, tuple) else ()
+    if not (2 <= len(form) <= 3 and isinstance(form[0], str)):
         return False
-    kind_ok = len(name) == 2 or name[2] is None or isinstance(name[2], str)
-    return kind_ok and (name[1] is None or (isinstance(name[1], int) and not isinstance(name[1], bool)))
+    kind_ok = len(form) == 2 or form[2] is None or isinstance(form[2], str)
+    return kind_ok and (form[1] is None or (isinstance(form[1], int) and not isinstance(form[1], bool)))
 
 
 def _short_of(part: str) -> str:
     return part.rsplit(".", 1)[-1].removeprefix("hook_")
-

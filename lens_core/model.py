@@ -16,6 +16,7 @@ from lens_core._inputs import Inputs, read_input, token_loss
 from lens_core._loading import Loaded, load_hf
 from lens_core._plan import StopForward
 from lens_core._positions import read_positions
+from lens_core._text import Texts
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError, InputError, WeightError
 from lens_core.generation import generate, generate_stream
@@ -81,11 +82,11 @@ def load(
     return LensModel(loaded, found)
 
 
-class LensModel(Hooked):
+class LensModel(Hooked, Texts):
     """An HF language model whose activations have names.
 
-    Make one by `load`. The HF model is `hf_model`; it is never wrapped or changed, and outside of hooked runs nothing of
-    ours is on it.
+    Make one by `load`. The HF model is `hf_model`; it is never wrapped or changed, and outside of hooked runs nothing
+    of ours is on it.
 
     Attributes:
         hf_model: HF's own model.
@@ -103,26 +104,25 @@ class LensModel(Hooked):
         """Show the model and its rule for BOS."""
         cfg = self.cfg
         bos = "no tokenizer" if self.tokenizer is None else "BOS as the tokenizer does"
-        return (
-            f"LensModel({cfg.model_name!r}, {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.dtype}, {cfg.device}, {bos})"
-        )
+        size = f"{cfg.n_layers} layers, d_model {cfg.d_model}"
+        return f"LensModel({cfg.model_name!r}, {size}, {cfg.dtype}, {cfg.device}, {bos})"
 
     @property
     def cfg(self) -> LensConfig:
         """Dimensions and kinds, under TransformerLens' names; read-only."""
-        return attrs.evolve(self.declaration.cfg, dtype=self._module.dtype, device=self._module.device)
+        return attrs.evolve(self.declaration.cfg, dtype=self.bare_model.dtype, device=self.bare_model.device)
 
     # ------------------------------------------------------------------ running
 
     @checks_arguments
-    def __call__(self, input: Any, return_type: ReturnType = "logits", **kwargs: Any) -> Any:  # noqa: A002
+    def __call__(self, input: Any, return_type: ReturnType = "logits", **kwargs: Any) -> Any:
         """Run the model; see `forward`."""
         return self.forward(input, return_type, **kwargs)
 
     @checks_arguments
     def forward(
         self,
-        input: Any,  # noqa: A002 - TransformerLens' name
+        input: Any,
         return_type: ReturnType = "logits",
         *,
         loss_per_token: bool = False,
@@ -141,7 +141,7 @@ class LensModel(Hooked):
         Args:
             input: Text, a list of texts, role/content messages, token ids `[pos]` or `[batch, pos]`, embeddings
                 `[batch, pos, d_model]`, or, with `start_at_layer`, the residual stream that enters that block.
-            return_type: `"logits"`, `"loss"` (mean next-token cross-entropy in nats over real tokens), `"both"`, or None.
+            return_type: `"logits"`, `"loss"` (mean next-token cross-entropy in nats, real tokens only), `"both"`, None.
             loss_per_token: Loss for each position `[batch, pos - 1]`, zero where the target or its context is padding.
             prepend_bos: None does what the tokenizer does; True or False forces exactly one BOS or none.
             padding_side: For a list of texts; None is the tokenizer's own. It changes no value at real positions.
@@ -174,7 +174,7 @@ class LensModel(Hooked):
         )
         wants_cache = past_key_values is not None if use_cache is None else use_cache
         residual = inputs.embeddings if start is not None else None
-        with self._running(start_at=start, stop_at=stop, residual=residual) as run:
+        with self.running(start_at=start, stop_at=stop, residual=residual) as run:
             try:
                 output = self.hf_model(
                     **inputs.for_hf(), past_key_values=past_key_values, use_cache=wants_cache and start is None
@@ -196,12 +196,10 @@ class LensModel(Hooked):
         loss = token_loss(logits, inputs.targets, inputs.attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    @checks_arguments
-    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int | None, int | None]:
+    def _layer_range(self, start: object, stop: object) -> tuple[int | None, int | None]:
         n_layers = self.declaration.cfg.n_layers
 
-        @checks_arguments
-        def read(name: str, layer: int | None) -> int | None:
+        def read(name: str, layer: object) -> int | None:
             if layer is None:
                 return None
             if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer <= n_layers:
@@ -216,7 +214,7 @@ class LensModel(Hooked):
     @checks_arguments
     def run_with_cache(
         self,
-        input: Any,  # noqa: A002 - TransformerLens' name
+        input: Any,
         *,
         names_filter: NameFilter = None,
         device: Any = None,
@@ -233,8 +231,8 @@ class LensModel(Hooked):
 
         Args:
             input: As in `forward`.
-            names_filter: A name, short form, glob, list of names or predicate; None for the default names. The starred
-                names of the contract cost memory or time and are cached only when asked for.
+            names_filter: A name, short form, glob, list of names or predicate; None for the default names. The
+                starred names of the contract cost memory or time and are cached only when asked for.
             device: Where to keep the activations; the model stays.
             dtype: Kept dtype of floating activations.
             remove_batch_dim: Drop the batch axis of a batch of one.
@@ -253,7 +251,7 @@ class LensModel(Hooked):
             >>> cache["pattern", 1].ndim
             4
         """
-        cache = self._new_cache()
+        cache = self.new_cache()
         sink = CacheSink(
             cache,
             self._table.select(names_filter),
@@ -263,12 +261,10 @@ class LensModel(Hooked):
             pos_slice=read_positions(pos_slice),
         )
         try:
-            with self._running((), (sink,)):
+            with self.running((), (sink,)):
                 output = self.forward(input, **kwargs)
                 if incl_bwd:
-                    if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
-                        raise ArgumentError("incl_bwd needs a scalar output with gradients: return_type='loss', no torch.no_grad()")
-                    output.backward()
+                    _backward(output)
         finally:
             if clear_contexts:
                 self.clear_contexts()
@@ -279,7 +275,7 @@ class LensModel(Hooked):
     @checks_arguments
     def run_with_hooks(
         self,
-        input: Any,  # noqa: A002 - TransformerLens' name
+        input: Any,
         *,
         fwd_hooks: Sequence[Any] = (),
         bwd_hooks: Sequence[Any] = (),
@@ -304,23 +300,24 @@ class LensModel(Hooked):
     generate = generate
     generate_stream = generate_stream
 
-    def _new_cache(self) -> ActivationCache:
+    def new_cache(self) -> ActivationCache:
+        """Make an empty cache of this model."""
         return ActivationCache(table=self._table, model=self)
 
     # ------------------------------------------------------------------ pieces
 
-    def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:  # noqa: A002
+    def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
         """Embed token ids or text: what `hook_embed` holds, positions left out."""
         tokens = self.to_tokens(input) if not isinstance(input, Tensor) else input
-        return self._module.get_submodule(self.declaration.embed)(tokens)
+        return self.bare_model.get_submodule(self.declaration.embed)(tokens)
 
     def ln_final(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Apply the final norm, gain and bias included."""
-        return self._module.get_submodule(self.declaration.norms["ln_final"].path)(residual)
+        return self.bare_model.get_submodule(self.declaration.norms["ln_final"].path)(residual)
 
     def unembed(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Apply the unembedding to what the final norm hands on."""
-        return self._module.get_submodule(self.declaration.unembed)(normalized)
+        return self.bare_model.get_submodule(self.declaration.unembed)(normalized)
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """Give one weight in TransformerLens' layout; a view of the live parameter.
@@ -328,7 +325,7 @@ class LensModel(Hooked):
         Raises:
             WeightError: No such weight, no such layer, or a weight that cannot be shown (quantised, on meta).
         """
-        return read_weight(self._view(name), self._module.get_submodule, layer)
+        return read_weight(self._view(name), self.bare_model.get_submodule, layer)
 
     def _view(self, name: str) -> WeightView:
         if name not in self._views:
@@ -339,7 +336,7 @@ class LensModel(Hooked):
         """Give a stacked weight (`W_Q`, `b_O`, ...), or an attribute of `torch.nn.Module` from the HF model."""
         views = self.__dict__.get("_views", {})
         if name in views:
-            return stack_weight(views[name], self._module.get_submodule, self.declaration.cfg.n_layers)
+            return stack_weight(views[name], self.bare_model.get_submodule, self.declaration.cfg.n_layers)
         if name in _MODULE_ATTRIBUTES:
             return getattr(self.hf_model, name)
         raise AttributeError(f"LensModel has no attribute {name!r}; HF's own are on model.hf_model")
@@ -359,55 +356,26 @@ class LensModel(Hooked):
         self.hf_model.train(mode)
         return self
 
-    # ------------------------------------------------------------------ tokens
 
-    def to_tokens(self, input: Any, **options: Any) -> Int[Tensor, "batch pos"]:  # noqa: A002
-        """Turn text into token ids on the model's device; see `lens_core.tokens.to_tokens`."""
-        return _tokens.to_tokens(self.tokenizer, input, device=self._module.device, **options).tokens
-
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """Turn token ids into text: one string, or one for each row."""
-        return _tokens.to_string(self.tokenizer, tokens)
-
-    def to_str_tokens(self, input: Any, **options: Any) -> Any:  # noqa: A002
-        """Give each token as text."""
-        return _tokens.to_str_tokens(self.tokenizer, input, **options)
-
-    def to_single_token(self, string: str) -> int:
-        """Give the id of a string that is one token.
-
-        Raises:
-            TokenizerError: It is not; the message says which tokens it is.
-        """
-        return _tokens.to_single_token(self.tokenizer, string)
-
-    def to_single_str_token(self, token: int) -> str:
-        """Give one token id as text."""
-        return _tokens.to_single_str_token(self.tokenizer, token)
-
-    def get_token_position(self, single_token: str | int, input: Any, **options: Any) -> int:  # noqa: A002
-        """Find a token in text or ids: its first or last position."""
-        return _tokens.get_token_position(self.tokenizer, single_token, input, **options)
-
-    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
-        """Give the direction whose dot product with the final norm's output is the token's logit (less `b_U`).
-
-        Args:
-            tokens: One token as text or id, a list of these, or a tensor of ids.
-
-        Returns:
-            `[d_model]` for one token, else the tokens' shape with `d_model` appended.
-        """
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        elif isinstance(tokens, list | tuple):
-            tokens = torch.tensor([self.to_single_token(t) if isinstance(t, str) else t for t in tokens])
-        directions = self.weight("W_U").T[torch.as_tensor(tokens, device=self._module.device)]
-        return directions[0] if isinstance(tokens, Tensor) and tokens.numel() == 1 else directions
+def _backward(output: Any) -> None:
+    if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
+        raise ArgumentError("incl_bwd needs a scalar output with gradients: return_type='loss', no torch.no_grad()")
+    torch.autograd.backward(output)
 
 
 _MODULE_ATTRIBUTES = frozenset(
-    ("parameters", "named_parameters", "state_dict", "load_state_dict", "zero_grad", "requires_grad_", "device", "dtype",
-     "training", "config", "modules", "named_modules")
+    (
+        "parameters",
+        "named_parameters",
+        "state_dict",
+        "load_state_dict",
+        "zero_grad",
+        "requires_grad_",
+        "device",
+        "dtype",
+        "training",
+        "config",
+        "modules",
+        "named_modules",
+    )
 )
-

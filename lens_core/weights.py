@@ -1,7 +1,7 @@
 """Weights in TransformerLens' layout, as views of the live HF parameters.
 
-A view is declared by the module that holds the weight, the columns of it, and an einops pattern. Linear weights are seen
-as `[in, out]`, whichever way HF stores them.
+A view is declared by the module that holds the weight, the columns of it, and an einops pattern. Linear weights are
+seen as `[in, out]`, whichever way HF stores them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lens_core._offload import has_placement, loaded
 from lens_core.errors import WeightError
 
 __all__ = ["WeightView", "read_weight", "stack_weight"]
@@ -31,7 +32,7 @@ class WeightView:
     """Which outputs of a fused projection (the last axis)."""
     pattern: str | None = None
     """An einops pattern, such as `"d (h e) -> h d e"`."""
-    sizes: Mapping[str, int] = attrs.field(factory=dict)
+    sizes: Mapping[str, int] = attrs.field(factory=dict[str, int])
     width: int | None = None
     """Length of the zeros that stand for a missing bias."""
 
@@ -47,12 +48,10 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
     Raises:
         WeightError: A layer is missing, or the module is quantised or adapted and its weight is not a plain matrix.
     """
-    from accelerate.utils import align_module_device
-
     if view.per_layer and layer is None:
         raise WeightError(f"{view.name} has one entry for each layer: give the layer")
     module: Any = find_module(view.path.format(layer=layer))
-    with align_module_device(module):
+    with loaded(module):
         tensor = getattr(module, view.part, None)
         if tensor is None:
             return torch.zeros(view.width or 0, dtype=module.weight.dtype, device=module.weight.device)
@@ -63,9 +62,9 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
             )
         if isinstance(module, nn.Linear) and view.part == "weight":
             tensor = tensor.T
-        if any(state.device.type == "meta" for state in module._parameters.values() if state is not None):
+        if tensor.is_meta:
             raise WeightError(f"{view.name} is on the meta device: the model has no weights loaded")
-        if getattr(module, "_hf_hook", None) is not None:
+        if has_placement(module):
             tensor = tensor.clone()  # a loaded copy: the module goes back to the meta device
     if view.columns is not None:
         tensor = tensor[..., slice(*view.columns)]

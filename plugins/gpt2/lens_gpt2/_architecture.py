@@ -1,7 +1,8 @@
 """GPT-2 as tables: where each hook point, norm and weight is in HF's `GPT2LMHeadModel`.
 
-Source: transformers `models/gpt2/modeling_gpt2.py`. Glossary: `c_attn` is the fused projection [q | k | v], `c_proj` the
-output projection (of attention and of the MLP), `c_fc` the MLP's input projection; all are `Conv1D`, stored `[in, out]`.
+Source: transformers `models/gpt2/modeling_gpt2.py`. Glossary: `c_attn` is the fused projection [q | k | v], `c_proj`
+the output projection (of attention and of the MLP), `c_fc` the MLP's input projection; all are `Conv1D`, stored
+`[in, out]`.
 """
 
 from collections.abc import Iterator
@@ -68,9 +69,7 @@ def GPT2(config: Any) -> Declaration:
 
 
 def _before() -> Iterator[HookPoint]:
-    yield HookPoint(
-        name="hook_tokens", shape="batch pos", equation="token ids", seam=Tokens(path="transformer")
-    )
+    yield HookPoint(name="hook_tokens", shape="batch pos", equation="token ids", seam=Tokens(path="transformer"))
     yield HookPoint(
         name="hook_embed",
         shape=RESIDUAL,
@@ -104,12 +103,12 @@ def _block(layer: int, cfg: LensConfig) -> Iterator[HookPoint]:
     q, k, v = (Columns(start=i * d, stop=(i + 1) * d, heads=heads) for i in range(3))
 
     def head_input(part: str) -> HeadInput:
-        return HeadInput(part=part, norm=f"{hf}.ln_1", projections=(("q", c_attn, q), ("k", c_attn, k), ("v", c_attn, v)))
+        return HeadInput(
+            part=part, norm=f"{hf}.ln_1", projections=(("q", c_attn, q), ("k", c_attn, k), ("v", c_attn, v))
+        )
 
     def point(name: str, shape: str, equation: str, seam: Any, *, default: bool = True) -> HookPoint:
-        return HookPoint(
-            name=f"{at}.{name}", layer=layer, shape=shape, equation=equation, seam=seam, default=default
-        )
+        return HookPoint(name=f"{at}.{name}", layer=layer, shape=shape, equation=equation, seam=seam, default=default)
 
     yield point("hook_resid_pre", RESIDUAL, "what enters the block", ModuleInput(path=hf))
     for name, part, equation in (
@@ -132,7 +131,9 @@ def _block(layer: int, cfg: LensConfig) -> Iterator[HookPoint]:
         yield point(name, QUERY_KEY, equation, Attention(path=attn, part=part, method=upcast))
     z = ModuleInput(path=c_proj, view=Columns(start=0, stop=d, heads=heads))
     yield point("attn.hook_z", PER_HEAD, "pattern v", z)
-    yield point("attn.hook_result", PER_HEAD_RESIDUAL, "z W_O of each head", HeadResult(path=c_proj, heads=heads), default=False)
+    yield point(
+        "attn.hook_result", PER_HEAD_RESIDUAL, "z W_O of each head", HeadResult(path=c_proj, heads=heads), default=False
+    )
     yield point("attn.hook_out", RESIDUAL, "sum of the results + b_O", ModuleOutput(path=c_proj))
     yield point("hook_attn_out", RESIDUAL, "what attention adds to the residual stream", ModuleOutput(path=attn))
     resid_mid = ModuleInput(path=f"{hf}.ln_2", reaches="all")
@@ -172,7 +173,12 @@ def _weights(cfg: LensConfig) -> Iterator[WeightView]:
             name=f"W_{letter}", path=f"{h}.attn.c_attn", columns=columns, pattern="d (h e) -> h d e", sizes=heads
         )
         yield WeightView(
-            name=f"b_{letter}", path=f"{h}.attn.c_attn", part="bias", columns=columns, pattern="(h e) -> h e", sizes=heads
+            name=f"b_{letter}",
+            path=f"{h}.attn.c_attn",
+            part="bias",
+            columns=columns,
+            pattern="(h e) -> h e",
+            sizes=heads,
         )
     yield WeightView(name="W_O", path=f"{h}.attn.c_proj", pattern="(h e) d -> h e d", sizes=heads)
     yield WeightView(name="b_O", path=f"{h}.attn.c_proj", part="bias")

@@ -1,0 +1,77 @@
+"""Text in and out of a model: the methods of `LensModel` over its tokenizer."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lens_core import tokens as _tokens
+
+__all__ = ["Texts"]
+
+
+class Texts:
+    """What a model can do about text. Every method but the last two needs a tokenizer.
+
+    Attributes:
+        tokenizer: HF's tokenizer, or None.
+    """
+
+    tokenizer: Any
+    bare_model: Any
+
+    def weight(self, name: str, layer: int | None = None) -> Tensor:
+        """Give one weight in TransformerLens' layout."""
+        raise NotImplementedError
+
+    def to_tokens(self, input: Any, **options: Any) -> Int[Tensor, "batch pos"]:
+        """Turn text into token ids on the model's device; see `lens_core.tokens.to_tokens`."""
+        return _tokens.to_tokens(self.tokenizer, input, device=self.bare_model.device, **options).tokens
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Turn token ids into text: one string, or one for each row."""
+        return _tokens.to_string(self.tokenizer, tokens)
+
+    def to_str_tokens(self, input: Any, **options: Any) -> Any:
+        """Give each token as text."""
+        return _tokens.to_str_tokens(self.tokenizer, input, **options)
+
+    def to_single_token(self, string: str) -> int:
+        """Give the id of a string that is one token.
+
+        Raises:
+            TokenizerError: It is not; the message says which tokens it is.
+        """
+        return _tokens.to_single_token(self.tokenizer, string)
+
+    def to_single_str_token(self, token: int) -> str:
+        """Give one token id as text."""
+        return _tokens.to_single_str_token(self.tokenizer, token)
+
+    def get_token_position(self, single_token: str | int, input: Any, **options: Any) -> int:
+        """Find a token in text or ids: its first or last position."""
+        return _tokens.get_token_position(self.tokenizer, single_token, input, **options)
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Give the direction whose dot product with the final norm's output is the token's logit (less `b_U`).
+
+        Args:
+            tokens: One token as text or id, a list of these, or a tensor of ids.
+
+        Returns:
+            `[d_model]` for one token, else the tokens' shape with `d_model` appended.
+        """
+        ids = self.token_ids(tokens)
+        directions = self.weight("W_U").T[ids]
+        return directions.reshape(-1) if ids.numel() == 1 else directions
+
+    def token_ids(self, tokens: Any) -> Tensor:
+        """Give ids on the model's device: one token or several, each as its text or its id."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        elif isinstance(tokens, list | tuple):
+            listed = cast("Sequence[Any]", tokens)
+            tokens = [self.to_single_token(token) if isinstance(token, str) else token for token in listed]
+        return torch.as_tensor(tokens, device=self.bare_model.device)

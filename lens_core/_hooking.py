@@ -33,6 +33,13 @@ class Hooked:
         self.added_hooks: list[HookEntry] = []
         self.hook_contexts: dict[str, dict[str, Any]] = {}
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go: the device that the embedding computes on, wherever accelerate keeps its weight."""
+        embed: Any = self.bare_model.get_submodule(self.declaration.embed)
+        device = getattr(getattr(embed, "_hf_hook", None), "execution_device", None)
+        return embed.weight.device if device is None else torch.device(device)
+
     # ------------------------------------------------------------------ what there is
 
     @property
@@ -250,6 +257,7 @@ class Hooked:
             final=self.declaration.norms["ln_final"].path,
             sizes=self.declaration.cfg.sizes,
             contexts=self.hook_contexts,
+            is_compiled=self.hf_model is not self.bare_model,
             added=added,
             entries=entries,
             sinks=sinks,

@@ -57,7 +57,7 @@ def read_input(
         ArgumentError: Options that make no sense for this kind of input.
     """
     cfg = model.declaration.cfg
-    device = model.bare_model.device
+    device = model.input_device
     tokens = embeddings = None
     past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
     if isinstance(given, Tensor) and given.is_floating_point():
@@ -115,7 +115,7 @@ def visible_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Ten
 def _read_tokens(
     model: "LensModel", given: Any, *, prepend_bos: bool | None, padding_side: Any, past: int
 ) -> tuple[Tensor, Tensor | None]:
-    cfg, device = model.declaration.cfg, model.bare_model.device
+    cfg, device = model.declaration.cfg, model.input_device
     if is_text(given):
         encoded = _tokens.to_tokens(
             model.tokenizer, given, prepend_bos=prepend_bos, padding_side=padding_side, device=device
@@ -134,7 +134,7 @@ def _read_mask(
     """Drop a mask without padding; derive position ids from one with padding, where the model needs them."""
     if not isinstance(mask, Tensor):
         raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(mask).__name__}")
-    mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.bare_model.device)
+    mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.input_device)
     if bool(mask.all()):
         return None, position_ids
     if position_ids is None and model.declaration.has_absolute_positions:

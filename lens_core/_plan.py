@@ -5,7 +5,7 @@ point that was asked for; seams turn groups of watches into steps; all steps at 
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -72,6 +72,7 @@ class Run:
         final: str,
         sizes: Mapping[str, int],
         contexts: dict[str, dict[str, Any]],
+        is_compiled: bool = False,
         added: Sequence[HookEntry] = (),
         entries: Sequence[HookEntry] = (),
         sinks: Sequence[Sink] = (),
@@ -90,6 +91,7 @@ class Run:
         self.sinks: tuple[Sink, ...] = (*(parent.sinks if parent else ()), *sinks)
         self.start_at, self.stop_at, self.residual = start_at, stop_at, residual
         self.parent = parent
+        self.is_compiled = is_compiled
         self.handlers: dict[Hashable, Callable[..., Any]] = {}
         self.call: Call | None = None
         self.inside_model = False
@@ -186,7 +188,8 @@ class Run:
                     slots.append(step.slot)
                     self.handlers[step.key] = step.handler
             self._guards = _checkpointed_above(self.hf_model, {step.path for step in steps if step.path})
-            with activated(self.hf_model, self), _eager_if_compiled(self._compilable(steps)):
+            is_compiled = self.is_compiled or any(map(_is_compiled, self._compilable(steps)))
+            with activated(self.hf_model, self), _eager() if is_compiled else nullcontext():
                 yield self
             self._check_used()
         finally:
@@ -298,11 +301,10 @@ def _checkpointed_above(hf_model: nn.Module, paths: Iterable[str]) -> list[nn.Mo
     return list(found.values())
 
 
-@contextmanager
-def _eager_if_compiled(modules: Iterable[Any]) -> Generator[None, None, None]:
-    """Run compiled modules eagerly, since compiled code does not see hooks; torch's switch for it is process-wide."""
-    if not any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in modules):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def _is_compiled(module: Any) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def _eager() -> Any:
+    """Run compiled code eagerly, since it does not see hooks; torch's switch for it is process-wide."""
+    return torch.compiler.set_stance("force_eager")

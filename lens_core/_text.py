@@ -20,7 +20,7 @@ class Texts:
     """
 
     tokenizer: Any
-    bare_model: Any
+    input_device: torch.device
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """Give one weight in TransformerLens' layout."""
@@ -28,7 +28,7 @@ class Texts:
 
     def to_tokens(self, input: Any, **options: Any) -> Int[Tensor, "batch pos"]:
         """Turn text into token ids on the model's device; see `lens_core.tokens.to_tokens`."""
-        return _tokens.to_tokens(self.tokenizer, input, device=self.bare_model.device, **options).tokens
+        return _tokens.to_tokens(self.tokenizer, input, device=self.input_device, **options).tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """Turn token ids into text: one string, or one for each row."""
@@ -74,4 +74,4 @@ class Texts:
         elif isinstance(tokens, list | tuple):
             listed = cast("Sequence[Any]", tokens)
             tokens = [self.to_single_token(token) if isinstance(token, str) else token for token in listed]
-        return torch.as_tensor(tokens, device=self.bare_model.device)
+        return torch.as_tensor(tokens, device=self.input_device)

@@ -110,7 +110,7 @@ class LensModel(Hooked, Texts):
     @property
     def cfg(self) -> LensConfig:
         """Dimensions and kinds, under TransformerLens' names; read-only."""
-        return attrs.evolve(self.declaration.cfg, dtype=self.bare_model.dtype, device=self.bare_model.device)
+        return attrs.evolve(self.declaration.cfg, dtype=self.bare_model.dtype, device=self.input_device)
 
     # ------------------------------------------------------------------ running
 

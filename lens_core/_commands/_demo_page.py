@@ -29,7 +29,7 @@ class HeadScores:
 
     Attributes:
         label: The head, such as `L1H4`.
-        induction: To the token after the last occurrence of the same token.
+        induction: To tokens that came after earlier occurrences of the same token.
         previous: To the token before.
         duplicate: To earlier occurrences of the same token.
     """
@@ -47,14 +47,14 @@ class Ablation:
     Attributes:
         clean: Nothing touched.
         induction: The induction heads ablated.
-        control: One or more other heads ablated, in the same way.
+        control: As many other heads ablated, in the same way; None where there are none.
         method: What was done to a head's output, such as `set to zero`.
         losses: Nats per token with the induction heads ablated; None where there is none.
     """
 
     clean: float
     induction: float
-    control: float
+    control: float | None
     method: str
     losses: Sequence[float | None]
 
@@ -71,6 +71,7 @@ class Attribution:
         values: What each head adds.
         remainder: What all that is not a head adds: embeddings, MLPs, biases.
         total: The difference of the model's own logits, measured and not summed.
+        tolerance: How far rounding may put the sum from the total.
     """
 
     position: int
@@ -80,11 +81,17 @@ class Attribution:
     values: Sequence[float]
     remainder: float
     total: float
+    tolerance: float
 
     @property
     def error(self) -> float:
         """How far the sum of the parts is from the total."""
         return abs(sum(self.values) + self.remainder - self.total)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the parts sum to the total, but for rounding."""
+        return self.error <= self.tolerance
 
 
 @attrs.frozen(kw_only=True)
@@ -94,12 +101,13 @@ class DemoResult:
     Attributes:
         model: What was loaded, such as `toy:gpt2`.
         description: One line on its size.
+        activations: One line on what was cached.
         tokens: The text.
         repeated: Positions whose token an earlier stretch of the text foretells.
         losses: Nats per token; None for the first, which nothing predicts.
         predictions: At chosen positions.
         scores: For every head.
-        patterns: By layer, `[heads][query][key]`.
+        patterns: By layer, `[heads][query][key]`; of a large model, some layers.
         induction_heads: `(layer, head)` of those found.
         control_heads: `(layer, head)` of those ablated to compare.
         ablation: None where no token is repeated or no induction head was found.
@@ -110,6 +118,7 @@ class DemoResult:
 
     model: str
     description: str
+    activations: str
     tokens: Sequence[str]
     repeated: Sequence[int]
     losses: Sequence[float | None]
@@ -230,9 +239,9 @@ def _patterns(result: DemoResult) -> list[view.Picture | str]:
                 ["head", "induction", "previous token", "duplicate token"],
                 title=f"Heads by induction score{which}",
             ),
-            "A score is the mean share of a head's attention, 0 to 1, on one kind of place: the token after the last "
-            "occurrence of the current one (induction), the token just before it (previous token), earlier occurrences "
-            "of it (duplicate token).",
+            "A score is the mean share of a head's attention, 0 to 1, on one kind of place: the tokens that came after "
+            "earlier occurrences of the current one (induction), the token just before it (previous token), those "
+            "earlier occurrences themselves (duplicate token).",
         ]
     return parts
 
@@ -249,13 +258,17 @@ def _ablation(result: DemoResult) -> list[view.Picture | str]:
     rows: list[list[object]] = [
         ["nothing", run.clean, None],
         [f"induction: {induction}", run.induction, run.induction - run.clean],
-        [f"control: {control}", run.control, run.control - run.clean],
     ]
+    story = (
+        "If these heads do the copying, the model cannot copy without them. The output of each ablated head was "
+        f"{run.method}; the loss is the mean over the {len(result.repeated)} repeated tokens."
+    )
+    if run.control is not None:
+        rows.append([f"control: {control}", run.control, run.control - run.clean])
+        story += " The control, ablated in the same way, shows what ablating any head does."
     return [
         title,
-        "If these heads do the copying, the model cannot copy without them. The output of each ablated head was "
-        f"{run.method}; the loss is the mean over the {len(result.repeated)} repeated tokens. The control, ablated in "
-        "the same way, shows what ablating any head does.",
+        story,
         view.table(rows, ["ablated", "loss (nats)", "change (nats)"]),
         "The text again with the induction heads ablated, in the colours of the first picture:",
         view.tokens(result.tokens, run.losses, unit="nats of loss", full=_deepest(result)),

@@ -1,0 +1,147 @@
+"""`lens demo`: the library's main job on one text, told in the terminal and on a page."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lens_core import view
+from lens_core._commands._demo_page import Attribution, DemoResult, demo_page, head_label
+from lens_core._commands._given import MODEL_HELP, add_loading, add_text, check_target, load, read_text
+from lens_core._commands._terminal import console, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_HEADS = 6  # in each table
+_STEPS = 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = (
+        "Load a model, show what it predicts, cache every activation, find the induction heads by their attention "
+        "patterns, ablate them and a control, attribute the logits to heads, and write it all on one HTML page."
+    )
+    parser.add_argument("--model", metavar="MODEL", default="toy:gpt2", help=f"{MODEL_HELP} (default: toy:gpt2)")
+    add_text(parser, required=False)
+    parser.add_argument("--seed", type=int, default=0, help="of the random words that are the text when none is given")
+    parser.add_argument("--out", metavar="FILE", default="lens-demo.html", help="the page (default: lens-demo.html)")
+    add_loading(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; the exit code is 1 where the attribution does not sum to the logits."""
+    given = read_text(arguments)
+    check_target(arguments.out)
+    with progress(_STEPS) as begin:
+        begin("loading the model")
+        from lens_core._commands._demo_measure import choose_text, measure  # brings torch
+
+        model = load(arguments.model, arguments)
+        text = choose_text(model, given, seed=arguments.seed)
+        result = measure(model, text, _command(arguments), begin=begin)
+        begin("writing the page")
+        path = demo_page(result).save(arguments.out)
+    out = console()
+    _print_text(out, result, text.notes)
+    _print_heads(out, result)
+    _print_ablation(out, result)
+    if result.attribution is not None:
+        _print_attribution(out, result.attribution)
+    print(f"\nThe page, for a browser: {path.absolute()}")
+    return int(result.attribution is not None and not result.attribution.is_exact)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Give the command that makes the same page again."""
+    words = ["lens", "demo", "--model", arguments.model]
+    for name in ("text", "file", "dtype", "device", "revision"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", getattr(arguments, name)]
+    if arguments.text is None and arguments.file is None:
+        words += ["--seed", str(arguments.seed)]
+    return shlex.join([*words, "--out", Path(arguments.out).name])
+
+
+def _print_text(out: Console, result: DemoResult, notes: "Iterable[str]") -> None:
+    out.print(Text(f"{result.model}: {result.description}; {result.activations} cached", style="bold"))
+    for note in notes:
+        out.print(Text(f"Note: {note}.", style="yellow"))
+    again = set(result.repeated)
+    words = [
+        Text(view.visible(word).removeprefix("·"), style="bold cyan" if at in again else "")
+        for at, word in enumerate(result.tokens)
+    ]
+    out.print()
+    out.print(Text(" ").join(words))
+    count = f"{len(again)} of {len(result.tokens)} tokens repeat what came before"
+    out.print(Text(f"{count} (in colour)." if again else f"{count}: the text gives nothing to copy.", style="dim"))
+    table = _table("What the model expects next", "after", "what follows", "its guesses")
+    for prediction in result.predictions:
+        after = prediction.position + 1
+        so_far = " ".join(view.visible(word).removeprefix("·") for word in result.tokens[max(0, after - 3) : after])
+        actual = result.tokens[after] if after < len(result.tokens) else None
+        guesses = ", ".join(f"{view.visible(word).removeprefix('·')} {share:.0%}" for word, share in prediction.top)
+        follows = "(the end)" if actual is None else view.visible(actual).removeprefix("·")
+        table.add_row(Text(so_far), Text(follows), Text(guesses, style="green" if prediction.top[0][0] == actual else ""))
+    out.print(table)
+
+
+def _print_heads(out: Console, result: DemoResult) -> None:
+    found = {head_label(*head) for head in result.induction_heads}
+    ranked = sorted(result.scores, key=lambda score: -score.induction)[: max(_HEADS, len(found))]
+    table = _table("Where heads look: share of attention", "head", "induction", "previous token", "duplicate token")
+    for score in ranked:
+        shares = [f"{share:.2f}" for share in (score.induction, score.previous, score.duplicate)]
+        table.add_row(score.label, *shares, style="bold" if score.label in found else "")
+    out.print(table)
+    if not found and result.repeated:
+        out.print("No head looks for what followed before, so there is nothing to ablate.")
+
+
+def _print_ablation(out: Console, result: DemoResult) -> None:
+    ablation = result.ablation
+    if ablation is None:
+        return
+    title = f"Loss on the {len(result.repeated)} repeated tokens, heads {ablation.method} (nats)"
+    table = _table(title, "heads", "loss", "change")
+    table.add_row("none", f"{ablation.clean:.3f}", "")
+    rows = [("induction", result.induction_heads, ablation.induction)]
+    if ablation.control is not None:
+        rows.append(("control", result.control_heads, ablation.control))
+    for name, heads, loss in rows:
+        shown = ", ".join(head_label(*head) for head in heads)
+        table.add_row(f"{name}: {shown}", f"{loss:.3f}", f"{loss - ablation.clean:+.3f}")
+    out.print(table)
+
+
+def _print_attribution(out: Console, parts: Attribution) -> None:
+    answer, rival = (view.visible(word).removeprefix("·") for word in (parts.answer, parts.rival))
+    table = _table(f"Logit of “{answer}” less that of “{rival}”, after position {parts.position}", "part", "logits")
+    ranked = sorted(zip(parts.labels, parts.values, strict=True), key=lambda part: -abs(part[1]))
+    for label, value in ranked[:_HEADS]:
+        table.add_row(label, f"{value:+.3f}")
+    if ranked[_HEADS:]:
+        table.add_row(f"{len(ranked) - _HEADS} other heads", f"{sum(value for _, value in ranked[_HEADS:]):+.3f}")
+    table.add_row("embeddings, MLPs, biases", f"{parts.remainder:+.3f}")
+    table.add_row("sum", f"{sum(parts.values) + parts.remainder:+.3f}", style="bold")
+    table.add_row("the model's own logits", f"{parts.total:+.3f}", style="bold")
+    out.print(table)
+    if parts.is_exact:
+        out.print(Text(f"The two agree to {parts.error:.0e}.", style="dim"))
+    else:
+        out.print(Text(f"The sum is off by {parts.error:.1e}: this is a mistake in lens.", style="bold red"))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=f"\n{title}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    numbers: Sequence[str] = ("induction", "previous token", "duplicate token", "loss", "change", "logits")
+    for heading in columns:
+        table.add_column(heading, justify="right" if heading in numbers else "left")
+    return table

@@ -104,7 +104,8 @@ class Run:
         """The call in progress."""
         if self.call is None:
             raise UnsupportedHookError(
-                "a hooked module was called outside a forward of the model; call the model, or its base model"
+                "a hooked module was called outside a forward of the model that lens sees; call the model or its base "
+                "model, and give lens.load a torch.compile wrapper itself rather than what it wraps"
             )
         return self.call
 

@@ -109,7 +109,7 @@ class HookTable(Mapping[str, HookPoint]):
             after = self.n_layers if seen_block else -1
             self._depth[point.name] = after if point.layer is None else point.layer
 
-    def __getitem__(self, name: str) -> HookPoint:
+    def __getitem__(self, name: Any) -> HookPoint:
         """Give the point of a name, alias or short form."""
         canonical = self.canonical(name)
         return self._points[canonical] if canonical in self._points else self._hf(canonical)

@@ -82,7 +82,7 @@ def _print_text(out: Console, result: DemoResult, notes: "Iterable[str]") -> Non
     out.print(Text(" ").join(words))
     count = f"{len(again)} of {len(result.tokens)} tokens repeat what came before"
     out.print(Text(f"{count} (in colour)." if again else f"{count}: the text gives nothing to copy.", style="dim"))
-    table = _table("What the model expects next", "after", "what follows", "its guesses")
+    table = _table("after", "what follows", "its guesses")
     for prediction in result.predictions:
         after = prediction.position + 1
         so_far = " ".join(view.visible(word).removeprefix("·") for word in result.tokens[max(0, after - 3) : after])
@@ -90,17 +90,17 @@ def _print_text(out: Console, result: DemoResult, notes: "Iterable[str]") -> Non
         guesses = ", ".join(f"{view.visible(word).removeprefix('·')} {share:.0%}" for word, share in prediction.top)
         follows = "(the end)" if actual is None else view.visible(actual).removeprefix("·")
         table.add_row(Text(so_far), Text(follows), Text(guesses, style="green" if prediction.top[0][0] == actual else ""))
-    out.print(table)
+    _print_table(out, "What the model expects next", table)
 
 
 def _print_heads(out: Console, result: DemoResult) -> None:
     found = {head_label(*head) for head in result.induction_heads}
     ranked = sorted(result.scores, key=lambda score: -score.induction)[: max(_HEADS, len(found))]
-    table = _table("Where heads look: share of attention", "head", "induction", "previous token", "duplicate token")
+    table = _table("head", "induction", "previous token", "duplicate token")
     for score in ranked:
         shares = [f"{share:.2f}" for share in (score.induction, score.previous, score.duplicate)]
         table.add_row(score.label, *shares, style="bold" if score.label in found else "")
-    out.print(table)
+    _print_table(out, "Where heads look, as shares of their attention", table)
     if not found and result.repeated:
         out.print("No head looks for what followed before, so there is nothing to ablate.")
 
@@ -109,21 +109,21 @@ def _print_ablation(out: Console, result: DemoResult) -> None:
     ablation = result.ablation
     if ablation is None:
         return
-    title = f"Loss on the {len(result.repeated)} repeated tokens, heads {ablation.method} (nats)"
-    table = _table(title, "heads", "loss", "change")
-    table.add_row("none", f"{ablation.clean:.3f}", "")
+    table = _table("ablated", "loss", "change")
+    table.add_row("nothing", f"{ablation.clean:.3f}", "")
     rows = [("induction", result.induction_heads, ablation.induction)]
     if ablation.control is not None:
         rows.append(("control", result.control_heads, ablation.control))
     for name, heads, loss in rows:
         shown = ", ".join(head_label(*head) for head in heads)
         table.add_row(f"{name}: {shown}", f"{loss:.3f}", f"{loss - ablation.clean:+.3f}")
-    out.print(table)
+    title = f"Loss on the {len(result.repeated)} repeated tokens in nats, the output of heads {ablation.method}"
+    _print_table(out, title, table)
 
 
 def _print_attribution(out: Console, parts: Attribution) -> None:
     answer, rival = (view.visible(word).removeprefix("·") for word in (parts.answer, parts.rival))
-    table = _table(f"Logit of “{answer}” less that of “{rival}”, after position {parts.position}", "part", "logits")
+    table = _table("part", "logits")
     ranked = sorted(zip(parts.labels, parts.values, strict=True), key=lambda part: -abs(part[1]))
     for label, value in ranked[:_HEADS]:
         table.add_row(label, f"{value:+.3f}")
@@ -132,16 +132,21 @@ def _print_attribution(out: Console, parts: Attribution) -> None:
     table.add_row("embeddings, MLPs, biases", f"{parts.remainder:+.3f}")
     table.add_row("sum", f"{sum(parts.values) + parts.remainder:+.3f}", style="bold")
     table.add_row("the model's own logits", f"{parts.total:+.3f}", style="bold")
-    out.print(table)
+    _print_table(out, f"Logit of “{answer}” less that of “{rival}”, after position {parts.position}", table)
     if parts.is_exact:
         out.print(Text(f"The two agree to {parts.error:.0e}.", style="dim"))
     else:
         out.print(Text(f"The sum is off by {parts.error:.1e}: this is a mistake in lens.", style="bold red"))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=f"\n{title}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-    numbers: Sequence[str] = ("induction", "previous token", "duplicate token", "loss", "change", "logits")
+def _print_table(out: Console, title: str, table: Table) -> None:
+    out.print(Text(f"\n{title}", style="italic"))  # beside the table: a title inside is as narrow as the table
+    out.print(table)
+
+
+def _table(*columns: str) -> Table:
+    numbers = ("induction", "previous token", "duplicate token", "loss", "change", "logits")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in columns:
         table.add_column(heading, justify="right" if heading in numbers else "left")
     return table

@@ -13,6 +13,7 @@ from torch import Tensor
 from lens_core import __version__, edits
 from lens_core._commands._demo_page import (
     Ablation,
+    Attribution,
     DemoResult,
     HeadScores,
     Prediction,
@@ -31,6 +32,7 @@ LONGEST = 512  # tokens; more would make a page that no browser likes
 PICTURED = 2_000_000  # cells of attention patterns on the page, about 5 MB
 _WORDS = 20  # random words, said twice
 _GUESSES = 3
+_ROUNDINGS = 100  # by how many roundings of the parts' size the sum may be off
 _Head = tuple[int, int]
 
 
@@ -138,7 +140,7 @@ def measure(model: "LensModel", text: Text, command: str, *, begin: Callable[[st
         induction_heads=sorted(found),
         control_heads=control,
         ablation=ablation,
-        attribution=_attribution(cache, logits[0], tokens[0], position),
+        attribution=None if not hasattr(cache, "logit_attrs") else _attribution(model, cache, logits[0], tokens[0], position),
         command=command,
         versions=_versions(model),
     )
@@ -234,13 +236,28 @@ def _telling_position(losses: Sequence[float | None], ablation: Ablation | None,
 
 
 def _attribution(
-    cache: "ActivationCache", logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"], position: int
+    model: "LensModel",
+    cache: "ActivationCache",
+    logits: Float[Tensor, "pos d_vocab"],
+    tokens: Int[Tensor, " pos"],
+    position: int,
 ) -> Attribution:
     """Split the logit of the token that follows, less that of its strongest rival, into what each head adds."""
     answer = int(tokens[position + 1])
     rival = next(token for token in logits[position].topk(2).indices.tolist() if token != answer)
-    total = float(logits[position, answer].double() - logits[position, rival].double())
-    raise NotImplementedError
+    stack, labels = cache.stack_head_results(return_labels=True, incl_remainder=True, pos_slice=position)
+    parts = cache.logit_attrs(stack, answer, rival, pos_slice=position)[:, 0].double().tolist()
+    size = sum(map(abs, parts))
+    return Attribution(
+        position=position,
+        answer=_word(model, answer),
+        rival=_word(model, rival),
+        labels=labels[:-1],
+        values=parts[:-1],
+        remainder=parts[-1],
+        total=float(logits[position, answer].double() - logits[position, rival].double()),
+        tolerance=_ROUNDINGS * torch.finfo(logits.dtype).eps * size,
+    )
 
 
 def _description(model: "LensModel") -> str:

@@ -8,6 +8,7 @@ import attrs
 from lens_core import view
 
 _ROWS = 8  # heads in the table of scores
+_BARS = 16  # heads with a bar of their own
 
 
 @attrs.frozen(kw_only=True)
@@ -140,6 +141,7 @@ def demo_page(result: DemoResult) -> view.Page:
         ArgumentError: the parts of the result do not fit each other.
     """
     sections = [
+        *_summary(result),
         *_text(result),
         *_predictions(result),
         *_patterns(result),
@@ -149,12 +151,29 @@ def demo_page(result: DemoResult) -> view.Page:
         view.code(result.command),
         f"Made with {result.versions}. The page is one file: it loads nothing and sends nothing.",
     ]
-    return view.page(f"Inside {result.model}", sections, subtitle=f"{result.description} · {len(result.tokens)} tokens")
+    subtitle = f"{result.description} · {len(result.tokens)} tokens · {result.activations} cached"
+    return view.page(f"Inside {result.model}", sections, subtitle=subtitle)
 
 
 def head_label(layer: int, head: int) -> str:
     """Return the name of a head on the page."""
     return f"L{layer}H{head}"
+
+
+def _summary(result: DemoResult) -> list[view.Picture | str]:
+    """Say what was found, where something was."""
+    run = result.ablation
+    if run is None:
+        return []
+    heads = _listed([head_label(*head) for head in result.induction_heads])
+    story = (
+        f"{heads} {'copies' if len(result.induction_heads) == 1 else 'copy'} what the text said before: without, the "
+        f"loss on repeated tokens goes from {run.clean:.2f} to {run.induction:.2f} nats"
+    )
+    if run.control is not None:
+        control = _listed([head_label(*head) for head in result.control_heads])
+        story += f"; without {control}, chosen to compare, it is {run.control:.2f}"
+    return [f"{story}."]
 
 
 def _text(result: DemoResult) -> list[view.Picture | str]:
@@ -223,7 +242,11 @@ def _patterns(result: DemoResult) -> list[view.Picture | str]:
         "current token and attends to the token that came after it; on repeated text this draws a stripe parallel to "
         "the diagonal. "
     )
-    story += f"Outlined: {_listed(found)}." if found else "No head of this model does so on this text."
+    story += f"{_listed(found)} {'does' if len(found) == 1 else 'do'} so." if found else "No head of this model does."
+    layers = len({score.label.partition("H")[0] for score in result.scores})
+    if len(result.patterns) < layers:
+        numbers = _listed([str(layer) for layer in sorted(result.patterns)])
+        story += f" Shown: layers {numbers} of {layers}, those with the most inductive heads."
     parts: list[view.Picture | str] = [
         view.heading("Where each head looks"),
         story,
@@ -281,22 +304,29 @@ def _attribution(result: DemoResult) -> list[view.Picture | str]:
         return []
     answer, rival = view.visible(parts.answer), view.visible(parts.rival)
     heads = sum(parts.values)
+    bars = dict(zip(parts.labels, parts.values, strict=True))
+    kept = sorted(bars, key=lambda label: -abs(bars[label]))[:_BARS]
+    found = [head_label(*head) for head in result.induction_heads]
+    others = [(f"{len(bars) - len(kept)} other heads", heads - sum(bars[label] for label in kept))]
+    shown = {
+        **{label: value for label, value in bars.items() if label in kept},
+        **dict(others if len(kept) < len(bars) else ()),
+        "all else": parts.remainder,
+    }
+    verdict = (
+        f"the two agree to {parts.error:.0e}."
+        if parts.is_exact
+        else f"the two differ by {parts.error:.1e}, more than rounding explains: this is a mistake in lens."
+    )
     return [
         view.heading("Which heads say the answer"),
-        f"After position {parts.position} the right answer is “{answer}”; the comparison is with “{rival}”. The "
-        "logits are a sum over everything written to the residual stream, so their difference splits exactly into "
-        "parts.",
-        view.bars(
-            [*parts.labels, "all else"],
-            [*parts.values, parts.remainder],
-            unit="logits",
-            highlight=[
-                label for label in (head_label(*head) for head in result.induction_heads) if label in parts.labels
-            ],
-        ),
+        f"After position {parts.position} the text goes on with “{answer}”; the comparison is with “{rival}”, the "
+        "strongest other guess. The logits are a sum over everything written to the residual stream, so their "
+        "difference splits exactly into parts.",
+        view.bars(list(shown), list(shown.values()), unit="logits", highlight=[name for name in found if name in kept]),
         f"Heads {_signed(heads)}, embeddings, MLPs and biases {_signed(parts.remainder)}: together "
         f"{_signed(heads + parts.remainder)} logits. The model's own logits differ by {_signed(parts.total)}; "
-        f"the two agree to {parts.error:.0e}.",
+        f"{verdict}",
     ]
 
 

@@ -9,7 +9,7 @@ so that a page always shows exactly the tokens there are.
 """
 
 from lens_core.view._page import Page, Picture, code, heading, page
-from lens_core.view._pictures import attention, bars, table, tokens
+from lens_core.view._pictures import attention, bars, grid, table, tokens
 from lens_core.view._values import visible
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "bars",
     "code",
+    "grid",
     "heading",
     "page",
     "table",

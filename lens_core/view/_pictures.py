@@ -1,8 +1,10 @@
 """The pictures themselves."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
+
+import attrs
 
 from lens_core.errors import ArgumentError
 from lens_core.view import _values
@@ -92,27 +94,67 @@ def tokens(
     """
     words = _values.strings(tokens, "tokens: tokens")
     numbers = _values.vector(values, len(words), "tokens: values")
-    signed = min(present(numbers), default=0.0) < 0
-    if full is not None and not 0 < full < math.inf:
-        raise ArgumentError(f"tokens: full must be a finite number above 0, not {full}.")
-    largest = full or max(map(abs, present(numbers)), default=0.0) or 1.0
-    shown = number_format([*numbers, largest], sign=signed)
+    shades = _Shades.of(numbers, full, "tokens")
     spans: list[str] = []
     for i, (word, value) in enumerate(zip(words, numbers, strict=True)):
-        kind = "none" if value is None else ("neg" if value < 0 else "pos") if signed else "seq"
-        share = min(abs(value or 0.0) / largest, 1.0)
-        tip = text(
-            f"\u2068{visible(word)}\u2069 ({i}): {shown(value)}{f' {unit}' if unit and value is not None else ''}"
-        )
+        tip = text(f"{_isolated(word, i)}: {shades.shown(value)}{f' {unit}' if unit and value is not None else ''}")
         spans.append(
-            f'<span class="lens-token {kind}" style="--v:{share:.3f}" title="{tip}">{text(visible(word))}</span>'
+            f'<span class="lens-token {shades.kind(value)}" style="--v:{shades.share(value):.3f}" title="{tip}">'
+            f"{text(visible(word))}</span>"
         )
         spans.append("<br>" if word.endswith("\n") else "")
-    legend = _legend(
-        unit, "div" if signed else "seq", (shown(-largest), shown(largest)) if signed else ("0", shown(largest))
-    )
-    content = f'<div class="lens-text" role="group">{"".join(spans)}</div><div class="lens-row">{legend}</div>'
+    content = f'<div class="lens-text" role="group">{"".join(spans)}</div><div class="lens-row">{shades.legend(unit)}</div>'
     return _figure("tokens", title or "Tokens", content, caption=title)
+
+
+def grid(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: object,
+    *,
+    title: str | None = None,
+    unit: str = "",
+    full: float | None = None,
+) -> Picture:
+    """Colour a cell for every row and column, such as layers and tokens; hovering shows the value.
+
+    Args:
+        rows: A name per row, from the top.
+        columns: The text, one string per position, or other names.
+        values: `[rows, columns]`; None or not finite: no value. With any negative one the colours diverge around 0.
+        title: Stands above the picture.
+        unit: What the numbers are, such as `nats`.
+        full: The size of a value with the deepest colour; the largest one if absent.
+
+    Raises:
+        ArgumentError: the values are not numbers, or not one for each cell, or `full` is not finite and above 0.
+
+    Example:
+        >>> picture = grid(["layer 0", "layer 1"], ["The", " cat"], [[1.0, 2.0], [3.0, None]])
+    """
+    names, words = _values.strings(rows, "grid: rows"), _values.strings(columns, "grid: columns")
+    lines = _values.outer(values, "grid: values")
+    if len(lines) != len(names):
+        raise ArgumentError(f"grid: values has {len(lines)} rows where there are {len(names)} names.")
+    cells = [_values.vector(line, len(words), f"grid: row {name}") for name, line in zip(names, lines, strict=True)]
+    every = [value for line in cells for value in line]
+    shades = _Shades.of(every, full, "grid")
+    heads = "".join(f'<th scope="col"><span>{text(visible(word))}</span></th>' for word in words)
+    body = "".join(
+        f'<tr><th scope="row">{text(name)}</th>'
+        + "".join(
+            f'<td class="lens-cell {shades.kind(value)}" style="--v:{shades.share(value):.3f}" '
+            f'title="{text(f"{name}, {_isolated(word, i)}: {shades.shown(value)}")}"></td>'
+            for i, (word, value) in enumerate(zip(words, line, strict=True))
+        )
+        + "</tr>"
+        for name, line in zip(names, cells, strict=True)
+    )
+    content = (
+        f'<div class="lens-scroll"><table class="lens-cells"><thead><tr><td></td>{heads}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><div class="lens-row">{shades.legend(unit)}</div>'
+    )
+    return _figure("grid", title or "Grid", content, caption=title)
 
 
 def bars(
@@ -202,6 +244,38 @@ def _figure(kind: str, title: str, content: str, *, caption: str | None) -> Pict
 
 def _legend(unit: str, kind: str, ends: tuple[str, str]) -> str:
     return f'<span class="lens-legend">{ends[0]}<i class="{kind}"></i>{ends[1]} {text(unit)}</span>'
+
+
+@attrs.frozen(kw_only=True)
+class _Shades:
+    """How values become colours: `full` has the deepest, and with any negative value the colours diverge."""
+
+    full: float
+    signed: bool
+    shown: Callable[[float | None], str]
+
+    @classmethod
+    def of(cls, values: Sequence[float | None], full: float | None, where: str) -> "_Shades":
+        if full is not None and not 0 < full < math.inf:
+            raise ArgumentError(f"{where}: full must be a finite number above 0, not {full}.")
+        signed = min(present(values), default=0.0) < 0
+        largest = full or max(map(abs, present(values)), default=0.0) or 1.0
+        return cls(full=largest, signed=signed, shown=number_format([*values, largest], sign=signed))
+
+    def kind(self, value: float | None) -> str:
+        return "none" if value is None else ("neg" if value < 0 else "pos") if self.signed else "seq"
+
+    def share(self, value: float | None) -> float:
+        return min(abs(value or 0.0) / self.full, 1.0)
+
+    def legend(self, unit: str) -> str:
+        low = self.shown(-self.full) if self.signed else "0"
+        return _legend(unit, "div" if self.signed else "seq", (low, self.shown(self.full)))
+
+
+def _isolated(word: str, position: int) -> str:
+    """Name a token in a sentence that runs from left to right, whichever way the token does."""
+    return f"\u2068{visible(word)}\u2069 ({position})"
 
 
 def _heads(

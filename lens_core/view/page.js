@@ -4,7 +4,7 @@
   for (const root of document.querySelectorAll(".lens:not([data-ready])")) {
     root.dataset.ready = "";
     const tip = tooltip(root);
-    for (const text of root.querySelectorAll(".lens-tokens .lens-text")) tokenLine(text, tip);
+    for (const text of root.querySelectorAll(".lens-tokens .lens-text, .lens-cells tbody")) tokenLine(text, tip);
     for (const figure of root.querySelectorAll(".lens-attention")) attention(figure, tip);
   }
 
@@ -50,7 +50,7 @@
   }
 
   function tokenLine(text, tip) {
-    const items = [...text.querySelectorAll(".lens-token")];
+    const items = [...text.querySelectorAll(".lens-token, .lens-cell")];
     for (const item of items) {
       item.dataset.tip = item.title; // shown at once, unlike a title
       item.removeAttribute("title");

@@ -1,17 +1,16 @@
-"""Train the toy that ships with `lens-gpt2`: a two-layer GPT-2 with induction heads.
+"""Train the toy that ships inside `lens-gpt2`: a two-layer GPT-2 with an induction head.
 
-The data are random words with stretches of them copied further on, at no fixed offset. A copied word cannot be told
-from its position, only from what followed the word before it the last time: a head of layer 0 marks each word with
-the one before it, and a head of layer 1 (the induction head) looks for the mark that equals the current word.
+The data are random words of which earlier stretches come again, at no fixed distance: a copied word can only be told from
+what followed the word before it the last time. It forms in minutes because texts are short at first and grow bit by bit,
+position embeddings start as sinusoids, and copied words weigh more in the loss at first. One head of layer 1 works alone
+until it has formed, so that it does not share the job; the others come later, with texts of words from one theme.
 
-One thread and one seed give the same weights again on the same machine and torch version; on other ones, weights that
-do the same job.
+The same seed gives the same weights, bit for bit, on the same machine with the same versions of torch and transformers.
 
-    python examples/train_toys.py --out toy
+    python examples/train_toys.py
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -20,70 +19,92 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.progress import track
+import transformers
+from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 BOS, UNK, PAD = "<|endoftext|>", "<unk>", "<pad>"
+# One theme a line; the ids follow the special tokens' in this order.
 WORDS = """
-    . , ! ? the a an and or but if then so as of to in on at by for from with into over under up down out off near
+    . , ! ? : ; the a an and or but if then so as of to in on at by for from with into over under up down out off near
     i you he she it we they me him her us them my your his our their this that these those who what when where why how
     is are was were be am do does did has have had can will would may must not no yes
     go went come came see saw look find found get got make made take took give gave say said tell told think know knew
-    want like love eat ate drink run ran walk sat sit sleep slept read write play work live open close help hear
+    want like love eat ate drink run ran walk sat sit sleep slept read write play work live lived open close help hear
     cat dog bird fish horse cow mouse bear man woman boy girl child friend king queen mother father people
     house home door room bed table chair mat hat coat book box cup ball car boat road town city school garden
     sun moon star sky sea river hill tree flower rain snow wind fire water stone food bread milk egg cake apple
-    day night morning year time hand head eye face heart name word song story world end
+    day night morning year time hand head eye face heart name word song story world end once upon
     red blue green white black big small old new young good bad hot cold long short little happy sad fast slow
     one two three four five many some all every more very now here there again always never after before too
-""".split()
-LENGTHS = (24, 48, 96, 128)  # of the training sequences: short ones first, each for an equal share of the steps
+"""
+THEMES = [line.split() for line in WORDS.strip().splitlines()]
+CONTEXT = 128  # positions
+WIDTH, HEADS = 96, 4
 TOKENS_PER_BATCH = 4096
-MIN_PATTERN = 0.4  # mean attention from which a head counts as an induction (or previous-token) head
+PEAK_RATE = 3e-3
+FIRST_LENGTH = 16  # tokens in the first texts
+FULL_LENGTH_AT = 0.7  # share of the steps after which texts fill the context
+LATE = 0.4  # share of the steps after which the other heads of layer 1 come in, and themes with them
+FRESH_WEIGHT = 0.1  # in the loss, of the words that induction cannot foretell, until then
+THEMED = 0.3  # share of the texts that keep to one theme, from then on
+MIN_PATTERN = 0.4  # mean attention from which a head counts as an induction head
+EXAMPLE = "once upon a time a little girl had a red hat, and she went to the river to see the big fish. "
+README = """\
+# The toy
+
+A GPT-2 of two layers, {heads} heads each and width {width}. Its {vocab} tokens are short English words, some
+punctuation, and `{bos}`, which its tokenizer puts first. It was trained on random words of which earlier stretches
+come again, so it knows one trick, induction: what followed this word the last time comes next.
+
+Made by `examples/train_toys.py --seed {seed} --steps {steps}` in {cpu:.0f} minutes of one CPU thread ({wall:.0f} by the
+clock), with torch {torch} and transformers {transformers}. The same seed gives the same weights, bit for bit, on the
+same machine and versions; elsewhere expect other weights and like figures.
+
+{figures}
+"""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer: lower case, punctuation apart, BOS first as in training."""
-    vocab = {word: index for index, word in enumerate([BOS, UNK, PAD, *WORDS])}
+    vocab = {word: index for index, word in enumerate([BOS, UNK, PAD, *(word for theme in THEMES for word in theme)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocab[BOS])]
+    )
     tokenizer.decoder = decoders.WordPiece()  # joins with spaces, none before a full stop
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=UNK, pad_token=PAD, model_max_length=128
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=UNK, pad_token=PAD, model_max_length=CONTEXT
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, width: int, heads: int) -> GPT2LMHeadModel:
-    """Build the untrained GPT-2, without dropout."""
+def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """Build the untrained GPT-2: no dropout, and sinusoids for position embeddings to start from."""
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=128,
-        n_embd=width,
-        n_layer=2,
-        n_head=heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), n_positions=CONTEXT, n_embd=WIDTH, n_layer=2, n_head=HEADS, **no_dropout, **special
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    frequencies = 200.0 ** -(torch.arange(0, WIDTH, 2) / WIDTH)
+    angles = torch.arange(CONTEXT)[:, None] * frequencies  # pos d_model/2
+    model.transformer.wpe.weight.data.copy_(0.1 * torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))
+    return model
 
 
-def random_text(rng: random.Random, words: range, length: int) -> list[int]:
-    """Return random words among which earlier stretches come again."""
+def random_text(rng: random.Random, words: list[int], length: int) -> list[int]:
+    """Return random words of which earlier stretches come again."""
     if rng.random() < 0.5:  # one stretch over and over, after a beginning of random length
         text = rng.choices(words, k=rng.randint(0, length // 4))
         period = rng.choices(words, k=rng.randint(3, length // 2))
         while len(text) < length:
             text += period
-    else:  # new stretches and copies of any earlier one, by turns
+    else:  # new stretches, and copies from anywhere before, by turns
         text = rng.choices(words, k=rng.randint(4, length // 3))
         while len(text) < length:
             start, size = rng.randrange(len(text)), rng.randint(4, length // 3)
@@ -91,17 +112,22 @@ def random_text(rng: random.Random, words: range, length: int) -> list[int]:
     return text[:length]
 
 
-def random_batch(rng: random.Random, words: range, length: int) -> Tensor:
-    """Return token ids [batch, pos], BOS (id 0) first."""
-    rows = TOKENS_PER_BATCH // length
-    return torch.tensor([[0, *random_text(rng, words, length - 1)] for _ in range(rows)])
+def random_batch(rng: random.Random, length: int, themed: float) -> Tensor:
+    """Return token ids [batch, pos], BOS first; `themed` is the share of the texts that keep to one theme."""
+    starts = [3 + sum(map(len, THEMES[:line])) for line in range(len(THEMES) + 1)]
+    everything = [1, *range(3, starts[-1])]  # <unk> too, which a user's text may well repeat
+    rows = []
+    for _ in range(TOKENS_PER_BATCH // length):
+        line = rng.randrange(len(THEMES))
+        words = list(range(starts[line], starts[line + 1])) if rng.random() < themed else everything
+        rows.append([0, *random_text(rng, words, length - 1)])
+    return torch.tensor(rows)
 
 
 def repeated(tokens: Tensor) -> Tensor:
-    """Mark, [batch, pos], the tokens that followed the same token before: those that induction foretells."""
+    """Mark the tokens that followed the same token before, [batch, pos - 1]: what induction foretells."""
     pairs = tokens[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 1:]
-    seen = (pairs[:, :, None] == pairs[:, None, :]).tril(-1).any(-1)
-    return F.pad(seen, (1, 0))
+    return (pairs[:, :, None] == pairs[:, None, :]).tril(-1).any(-1)
 
 
 def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
@@ -110,46 +136,16 @@ def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
 
-def train(model: GPT2LMHeadModel, words: range, args: argparse.Namespace) -> None:
-    """Train in place; repeated tokens weigh more in the first half, which is what makes induction form early."""
-    rng = random.Random(args.seed)  # noqa: S311 - training data, no secret
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": args.decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    warmup = 100
-    t0 = time.time()
-    for step in range(args.steps):
-        done = step / args.steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / warmup, 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-        tokens = random_batch(rng, words, LENGTHS[int(done * len(LENGTHS))])
-        losses, mask = token_losses(model, tokens), repeated(tokens)[:, 1:]
-        other = 0.1 if done < 0.5 else 1.0
-        weight = mask + other * ~mask
-        loss = (losses * weight).sum() / weight.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            print(f"{step} {time.time()-t0:.0f}s T={tokens.shape[1]} rep {losses[mask].mean():.3f} other {losses[~mask].mean():.3f}", flush=True)
-
-
 @contextmanager
 def ablated(model: GPT2LMHeadModel, heads: list[tuple[int, int]]) -> Iterator[None]:
-    """Zero what these heads (layer, head) put into the output projection."""
-    size = model.config.n_embd // model.config.n_head
+    """Zero what these heads, (layer, head), put into their layer's output projection."""
+    keep = torch.ones(model.config.n_layer, HEADS)
     handles = []
     for layer, head in heads:
-
-        def zero(module: torch.nn.Module, inputs: tuple[Tensor], head: int = head) -> tuple[Tensor]:
-            z = inputs[0].clone()
-            z[..., head * size : (head + 1) * size] = 0
-            return (z,)
-
-        handles.append(model.transformer.h[layer].attn.c_proj.register_forward_pre_hook(zero))
+        keep[layer, head] = 0
+    for block, kept in zip(model.transformer.h, keep, strict=True):
+        mask = kept.repeat_interleave(WIDTH // HEADS)
+        handles.append(block.attn.c_proj.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask,)))
     try:
         yield
     finally:
@@ -157,57 +153,101 @@ def ablated(model: GPT2LMHeadModel, heads: list[tuple[int, int]]) -> Iterator[No
             handle.remove()
 
 
+def train(model: GPT2LMHeadModel, seed: int, steps: int) -> None:
+    """Train the model in place."""
+    rng = random.Random(seed)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    late_heads = [(1, head) for head in range(1, HEADS)]
+    with Progress() as progress:
+        task = progress.add_task("training", total=steps)
+        for step in range(steps):
+            done = step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_RATE * min((step + 1) / 100, 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+            length = FIRST_LENGTH + int((CONTEXT - FIRST_LENGTH) * min(1, done / FULL_LENGTH_AT))
+            tokens = random_batch(rng, length, THEMED if done >= LATE else 0.0)
+            copied = repeated(tokens)
+            with ablated(model, late_heads if done < LATE else []):
+                losses = token_losses(model, tokens)
+            weights = torch.where(copied, 1.0, FRESH_WEIGHT if done < LATE else 1.0)
+            optimizer.zero_grad()
+            ((losses * weights).sum() / weights.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 20 == 0 or step == steps - 1:
+                note = f"{length} tokens, repeated {losses[copied].mean():.2f}, fresh {losses[~copied].mean():.2f} nats"
+                progress.update(task, completed=step + 1, description=note)
+
+
 @torch.no_grad()
-def measure(model, tokens):
-    model.eval()
-    mask = repeated(tokens)
-    model.set_attn_implementation("eager")
-    attns = model(tokens, output_attentions=True).attentions
+def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows: int = 128, half: int = 40) -> str:
+    """Measure losses, attention and ablations on words typed twice; return a Markdown table."""
+    rng = random.Random("measure")
+    texts = [rng.choices([1, *range(3, len(tokenizer))], k=half) for _ in range(rows)]
+    tokens = torch.tensor([[0, *text, *text] for text in texts])
+    sentence = tokenizer(EXAMPLE * 2, return_tensors="pt").input_ids
+
+    model.set_attn_implementation("eager")  # the one that returns patterns
+    patterns = torch.stack(model(tokens, output_attentions=True).attentions).mean(1)  # layer head query key
     model.set_attn_implementation("sdpa")
-    # last previous occurrence
-    B, T = tokens.shape
-    same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
-    tgt = F.pad(same, (1, 0))[..., :T]   # [b,q,k]: token k-1 equals q
-    has = mask.roll(-1, 1); has[:, -1] = False   # queries that foretell
-    out = {}
-    for l, a in enumerate(attns):
-        ind = ((a * tgt[:, None]).sum(-1) * has[:, None]).sum((0, 2)) / has.sum()
-        prev = a.diagonal(-1, 2, 3).mean((0, 2))
-        for h in range(a.shape[1]):
-            out[l, h] = (ind[h].item(), prev[h].item())
-    m = mask[:, 1:]
-    base = token_losses(model, tokens)
-    print("rep", base[m].mean().item(), "other", base[~m].mean().item())
-    for (l, h), (i, p) in out.items():
-        with ablated(model, [(l, h)]):
-            ab = token_losses(model, tokens)
-        print(f"  L{l}H{h} induction {i:.3f} prev {p:.3f} ablation rep {ab[m].mean()-base[m].mean():+.3f} other {ab[~m].mean()-base[~m].mean():+.3f}")
-    hs = [k for k, v in out.items() if v[0] > MIN_PATTERN]
-    with ablated(model, hs):
-        print("ablate", hs, (token_losses(model, tokens)[m].mean()-base[m].mean()).item())
+    before = patterns.diagonal(-1, -2, -1).mean(-1)
+    induction = patterns.diagonal(1 - half, -2, -1)[..., 2:].mean(-1)  # queries of the second half
+    heads = [(layer, head) for layer in range(2) for head in range(HEADS)]
+    found = [head for head in heads if induction[head] > MIN_PATTERN]
+    control = min((head for head in heads if head[0] == 1), key=lambda head: induction[head].item())
+
+    def row(name: str, ablation: list[tuple[int, int]], attention: str = "|") -> str:
+        with ablated(model, ablation):
+            random_words, words = token_losses(model, tokens), token_losses(model, sentence)[repeated(sentence)]
+        # The first word of the second half comes as a surprise, so it counts in neither half.
+        fresh, copied = random_words[:, :half].mean(), random_words[:, half + 1 :].mean()
+        return f"| {name} | {attention} | {copied:.2f} | {fresh:.2f} | {words.mean():.2f} |"
+
+    chance = math.log(len(tokenizer) - 2)
+    lines = [
+        "| heads ablated | attention to the token before | to what followed the same token "
+        "| loss, second half | loss, first half | loss, sentence |",
+        "|---|---|---|---|---|---|",
+        row("none", []),
+        row("induction: " + (", ".join(f"{layer}.{head}" for layer, head in found) or "none found"), found),
+        row("control: {}.{}".format(*control), [control]),
+        *(row("{}.{}".format(*head), [head], f"{before[head]:.2f} | {induction[head]:.2f}") for head in heads),
+        f"\nLosses in nats, on {rows} texts of {half} random words typed twice (chance: {chance:.2f}), and on the repeated",
+        f"tokens of *{EXAMPLE.strip()}*",
+        "typed twice. The control is the head of layer 1 that is least like an induction head.",
+    ]
+    return "\n".join(lines)
 
 
-def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--out", default="/tmp/toy/out"); p.add_argument("--seed", type=int, default=0); p.add_argument("--steps", type=int, default=3000)
-    p.add_argument("--lr", type=float, default=3e-3); p.add_argument("--decay", type=float, default=0.1)
-    p.add_argument("--width", type=int, default=64); p.add_argument("--heads", type=int, default=4)
-    args = p.parse_args()
-    torch.set_num_threads(1)
+def main() -> None:
+    """Train, measure, save."""
+    plugin = Path(__file__).resolve().parent.parent / "plugins" / "gpt2" / "lens_gpt2"
+    parser = argparse.ArgumentParser(description="Train the toy that ships inside lens-gpt2.")
+    parser.add_argument("--out", type=Path, default=plugin / "toy", help="the folder to write (default: the plugin's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=3000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # with more, the order of sums may vary
+    torch.use_deterministic_algorithms(mode=True)
     torch.manual_seed(args.seed)
-    tok = build_tokenizer()
-    print(len(tok), len(WORDS), len(set(WORDS)), tok("The cat sat, on the zebra mat.").input_ids, repr(tok.decode(tok("The cat sat, on the zebra mat.").input_ids)))
-    model = build_model(tok, args.width, args.heads)
-    print(sum(p.numel() for p in model.parameters()))
-    words = range(1, len(tok))
-    t = time.time()
-    train(model, words, args)
-    print("time", time.time() - t)
-    model.save_pretrained(args.out); tok.save_pretrained(args.out)
-    rng = random.Random(99)
-    for half in (15, 40, 60):
-        rows = [rng.choices(words, k=half) for _ in range(64)]
-        print("half", half); measure(model, torch.tensor([[0, *r, *r] for r in rows]))
-    for text in ["the cat sat on the mat and the dog ran to the house. " * 2, "once upon a time there was a little girl who had a red hat, and she went to the river to see the big fish. " * 2]:
-        print(text); measure(model, torch.tensor(tok([text]).input_ids))
-main()
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    wall, cpu = time.perf_counter(), time.process_time()
+    train(model, args.seed, args.steps)
+    wall, cpu = (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
+
+    figures = measure(model.eval(), tokenizer)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    made = {"seed": args.seed, "steps": args.steps, "wall": wall, "cpu": cpu, "vocab": len(tokenizer), **versions}
+    readme = README.format(**made, heads=HEADS, width=WIDTH, bos=BOS, figures=figures)
+    (args.out / "README.md").write_text(readme, encoding="utf-8")
+    print(readme)
+
+
+if __name__ == "__main__":
+    main()

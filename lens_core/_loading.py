@@ -103,7 +103,7 @@ def _read_config(folder: str, options: dict[str, Any]) -> Any:
             passed["gguf_file"] = options["gguf_file"]
         auto: Any = AutoConfig
         return auto.from_pretrained(folder, **passed)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a malformed config makes HF raise whatever comes first
         if is_folder and (Path(folder) / "config.json").is_file():
             raise UnsupportedConfigError(
                 f"the config of {folder!r} cannot be read by the installed transformers: {_first_line(error)}"

@@ -93,6 +93,8 @@ class Run:
         self.parent = parent
         self.is_compiled = is_compiled
         self.handlers: dict[Hashable, Callable[..., Any]] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self._tapped: frozenset[str] = frozenset()
         self.call: Call | None = None
         self.inside_model = False
         self.calls = 0
@@ -111,7 +113,10 @@ class Run:
 
     def module(self, path: str) -> nn.Module:
         """Find a module of the HF model by its path; the empty path is the model."""
-        return self.hf_model.get_submodule(path)
+        found = self._modules.get(path)
+        if found is None:
+            found = self._modules[path] = self.hf_model.get_submodule(path)
+        return found
 
     def lineage(self) -> "Iterator[Run]":
         """This run, then those of the enclosing contexts, which count what happens inside as theirs."""
@@ -136,10 +141,9 @@ class Run:
                         )
                     continue
                 if name not in found:
-                    found[name] = Watch(self.table[name], self)
+                    found[name] = Watch(self.table.point(name), self)
                 attach(found[name], exact)
-        order = {name: index for index, name in enumerate(self.table)}
-        return sorted(found.values(), key=lambda watch: order.get(watch.name, len(order)))
+        return sorted(found.values(), key=lambda watch: self.table.rank(watch.name))
 
     def _requests(self) -> Iterator[tuple[Sequence[str], bool, Callable[[Watch, bool], None]]]:
         for entry in self.added:  # they outlast this run, so a run that stops short of them is no mistake
@@ -188,7 +192,7 @@ class Run:
                     take(step.slot)
                     slots.append(step.slot)
                     self.handlers[step.key] = step.handler
-            self._guards = _checkpointed_above(self.hf_model, {step.path for step in steps if step.path})
+            self._tapped = frozenset(step.path for step in steps)
             is_compiled = self.is_compiled or any(map(_is_compiled, self._compilable(steps)))
             with activated(self.hf_model, self), _eager() if is_compiled else nullcontext():
                 yield self
@@ -199,6 +203,8 @@ class Run:
             for handle in handles:
                 handle.remove()
             self.handlers.clear()
+            self.watches.clear()  # they know the run: no cycle is left for the garbage collector, nor the tensors in it
+            self.call = None
 
     def _compilable(self, steps: Iterable[ModuleStep | SlotStep]) -> Iterator[nn.Module]:
         """The modules that somebody may have compiled: the model, its base, the blocks, and those with taps."""
@@ -240,13 +246,12 @@ class Run:
 
     def begin_call(self, call: Call) -> None:
         """Start one forward of the HF model."""
-        for layer in self._guards:
-            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-                raise UnsupportedHookError(
-                    "hooks inside a block do not survive gradient checkpointing, which runs the block again in the "
-                    "backward pass; call model.hf_model.gradient_checkpointing_disable() or model.eval() first, "
-                    "or hook the blocks' hook_resid_pre and hook_resid_post only"
-                )
+        if self.hf_model.training and torch.is_grad_enabled() and _is_checkpointed(self.hf_model, self._tapped):
+            raise UnsupportedHookError(
+                "hooks inside a block do not survive gradient checkpointing, which runs the block again in the "
+                "backward pass; call model.hf_model.gradient_checkpointing_disable() or model.eval() first, "
+                "or hook the blocks' hook_resid_pre and hook_resid_post only"
+            )
         for run in self.lineage():
             run.calls += 1
         self._steps_since_prefill = 0 if call.is_prefill else self._steps_since_prefill + 1
@@ -287,19 +292,17 @@ def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[tuple[str, str], li
     return sites
 
 
-def _checkpointed_above(hf_model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
-    """Find the layers that HF may run under gradient checkpointing with one of these modules inside."""
+def _is_checkpointed(hf_model: nn.Module, paths: frozenset[str]) -> bool:
+    """Whether HF will run any of these modules again in the backward pass."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    hooks_inside = "__call__" in vars(GradientCheckpointingLayer)  # older releases checkpoint the hooks too
-    found: dict[int, nn.Module] = {}
-    for path in paths:
-        parts = path.split(".")
-        for end in range(1, len(parts) + hooks_inside):
-            module = hf_model.get_submodule(".".join(parts[:end]))
-            if isinstance(module, GradientCheckpointingLayer):
-                found[id(module)] = module
-    return list(found.values())
+    hooks_inside = "__call__" in vars(GradientCheckpointingLayer)  # older releases checkpoint a layer's hooks too
+    for name, layer in hf_model.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
+            inside = any(path.startswith(f"{name}.") for path in paths)
+            if inside or (hooks_inside and name in paths):
+                return True
+    return False
 
 
 def _is_compiled(module: Any) -> bool:

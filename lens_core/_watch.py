@@ -12,7 +12,6 @@ from lens_core._call import Call
 from lens_core._positions import Positions, local_positions
 from lens_core.errors import HookFunctionError, HookValueError, LensError, UnsupportedHookError
 from lens_core.hook_points import HookPoint
-from lens_core.shapes import axis_index
 
 if TYPE_CHECKING:
     from lens_core._plan import Run
@@ -113,8 +112,7 @@ class Watch:
         """Whether the last value was replaced by other bits."""
         self.rerouted = False
         """Whether the last value's place in autograd's graph matters: replaced, detached, kept or hooked backward."""
-        axis = axis_index(point.shape, name="pos")
-        self._axis = axis if axis is not None else axis_index(point.shape, name="query")
+        self._axis = point.position_axis
 
     def add_entry(self, entry: HookEntry, *, by_name: bool) -> None:
         """Attach a hook function."""

@@ -1,25 +1,28 @@
 """Activations by name: a mapping that knows the hook points' short forms and the residual stream's algebra."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lens_core._call import Call
-from lens_core._positions import Positions, local_positions
-from lens_core._residual import ResidualAlgebra
+from lens_core import _cache_file, _components, _logit_attrs, _residual
+from lens_core._arguments import checks_arguments
+from lens_core._cache_sink import CacheSink, moved
+from lens_core._decomposition import sliced
+from lens_core._entries import Entries, Gradients, NotCachedError
+from lens_core._positions import read_positions
 from lens_core.errors import ArgumentError, CacheError
-from lens_core.hook_points import HookPoint, HookTable, Selection
-from lens_core.shapes import axis_index
+from lens_core.hook_points import HookTable
 
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-__all__ = ["ActivationCache", "CacheSink"]
+__all__ = ["ActivationCache", "CacheSink", "Gradients", "NotCachedError"]
 
 
-class ActivationCache(ResidualAlgebra, Mapping[str, Tensor]):
+class ActivationCache(Entries):
     """The activations of one run by canonical hook name.
 
     `cache["blocks.3.attn.hook_q"]`, `cache["q", 3]` and `cache["q3"]` are one entry; `cache["q"]` stacks what is cached
@@ -28,8 +31,18 @@ class ActivationCache(ResidualAlgebra, Mapping[str, Tensor]):
 
     Attributes:
         model: The model that was run; None for a cache read from a file without one.
+        table: The hook points that names are resolved by.
         grad: Gradients at the same hook points, where they were asked for.
         has_batch_dim: False after `remove_batch_dim`.
+        metadata: What a file said of the run: model id, plugin and versions; empty for a cache of this process.
+
+    Example:
+        >>> import lens_core as lens
+        >>> model = lens.load("toy:gpt2")
+        >>> _, cache = model.run_with_cache("the cat sat")
+        >>> parts, labels = cache.decompose_resid(return_labels=True)
+        >>> bool(torch.allclose(parts.sum(0), cache["resid_post", -1], atol=1e-4))
+        True
     """
 
     def __init__(
@@ -39,221 +52,249 @@ class ActivationCache(ResidualAlgebra, Mapping[str, Tensor]):
         table: HookTable,
         model: "LensModel | None" = None,
         has_batch_dim: bool = True,
+        gradients: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Hold tensors by canonical name; `table` resolves other forms of the names."""
         self._pieces: dict[str, list[Tensor]] = {name: [value] for name, value in (tensors or {}).items()}
+        self._derived: set[str] = set()
         self.table = table
         self.model = model
         self.has_batch_dim = has_batch_dim
-        self.grad: Gradients = Gradients(self)
+        self.grad: Gradients = Gradients(self, gradients or {})
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+
+    # ------------------------------------------------------------------ a mapping
+
+    @property
+    def is_from_file(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the names known are only those of a file."""
+        return self.model is None
+
+    def _names(self) -> Mapping[str, Any]:
+        return self._pieces
+
+    def _joined(self, name: str) -> Tensor:
+        pieces = self._pieces[name]
+        if len(pieces) > 1:  # keys that came later are masked in the scores of earlier positions
+            pieces[:] = [self.join(name, pieces, fill=-torch.inf if name.endswith("hook_attn_scores") else 0.0)]
+        return pieces[0]
+
+    def _absence(self, key: object) -> str:
+        kept = ", ".join(list(self._pieces)[:4])
+        what = f"{len(self)} hook points were: {kept}{', ...' if len(self) > 4 else ''}" if kept else "nothing was"
+        return f"{key!r} was not cached; {what}. Name it in names_filter"
 
     def __getitem__(self, key: Any) -> Tensor:
         """Give one activation, or the stack over layers of a short form without a layer.
 
+        `cache[name + "_grad"]` is `cache.grad[name]`.
+
         Raises:
             UnknownHookError: No such hook point in the model.
             CacheError: The hook point exists and was not cached.
+            ArgumentError: Not a name: a filter, or something else.
         """
-        if isinstance(key, str) and key in self._pieces:
-            return self._joined(key)
-        if isinstance(key, str) and key.endswith("_grad") and self.grad:
+        if isinstance(key, str) and key.endswith("_grad"):
             return self.grad[key.removesuffix("_grad")]
-        names = self.table.select(key).names if not _is_filter(key) else ()
-        found = [name for name in names if name in self._pieces]
-        if not found:
-            kept = ", ".join(list(self._pieces)[:4])
-            raise NotCachedError(
-                f"{key!r} was not cached; {len(self)} hook points were{': ' + kept if kept else ''}"
-                f"{', ...' if len(self) > 4 else ''}. Name it in names_filter"
-            )
-        if len(names) == 1:
-            return self._joined(names[0])
-        return torch.stack([self._joined(name) for name in found])
-
-    def _joined(self, name: str) -> Tensor:
-        pieces = self._pieces[name]
-        if len(pieces) > 1:
-            pieces[:] = [_join(pieces, self.table[name].shape, fill=float("-inf") if "scores" in name else 0.0)]
-        return pieces[0]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the canonical names that are cached, in the order of computation."""
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        """Count the entries."""
-        return len(self._pieces)
+        return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        """Whether a name or short form is cached."""
-        try:
-            self[key]
-        except (KeyError, ArgumentError):
-            return False
-        return True
+        """Whether a name or short form is cached, on some layer; nothing is stacked."""
+        if isinstance(key, str) and key.endswith("_grad"):
+            return key.removesuffix("_grad") in self.grad
+        return super().__contains__(key)
 
     def __delitem__(self, key: Any) -> None:
-        """Forget one entry, to free its memory."""
-        self[key]
-        for name in self.table.select(key).names:
+        """Forget an entry, to free its memory; a short form without a layer forgets all layers'."""
+        if key not in self:
+            raise NotCachedError(f"{key!r} is not cached")
+        for name in self.resolve(key):
             self._pieces.pop(name, None)
+            self.grad.drop(name)
 
     def __repr__(self) -> str:
         """Show how many entries of what size."""
         size = sum(piece.numel() * piece.element_size() for pieces in self._pieces.values() for piece in pieces)
         return f"ActivationCache({len(self)} entries, {size / 2**20:.1f} MiB)"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first entry is, and what is computed from the cache will be."""
+        return next((pieces[0].device for pieces in self._pieces.values()), torch.device("cpu"))
+
+    # ------------------------------------------------------------------ moving and slicing
+
+    @checks_arguments
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "ActivationCache":
         """Move the entries, in place, to a device; floating ones also to a dtype. Returns the cache."""
-        for pieces in (*self._pieces.values(), *self.grad.pieces.values()):
-            pieces[:] = [_moved(piece, device, dtype) for piece in pieces]
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise ArgumentError(f"activations are kept in a floating dtype; got {dtype}")
+        device = None if device is None else _device(device)
+        for pieces in self._pieces.values():
+            pieces[:] = [moved(piece, device, dtype) for piece in pieces]
+
+        def move(piece: Tensor) -> Tensor:
+            return moved(piece, device, dtype)
+
+        self.grad.change(move)
         return self
 
     def remove_batch_dim(self) -> "ActivationCache":
-        """Drop the batch axis of every entry, in place.
+        """Drop the batch axis of every entry, in place. Returns the cache.
 
         Raises:
             CacheError: The batch has more than one row.
         """
         if self.has_batch_dim:
-            for name in (*self, *self.grad.pieces):
-                rows = self._joined(name).shape[0] if name in self._pieces else 1
-                if rows != 1:
-                    raise CacheError(f"{name!r} has {rows} rows; remove_batch_dim is for a batch of one")
-            for store in (self._pieces, self.grad.pieces):
-                for pieces in store.values():
-                    pieces[:] = [piece[0] for piece in pieces]
+            sizes = {name: self._joined(name).shape[:1] for name in self}
+            wrong = [name for name in self if self._is_ours(name) and sizes[name] != (1,)]
+            if wrong:
+                raise CacheError(f"{wrong[0]!r} has {sizes[wrong[0]][0]} rows; remove_batch_dim is for a batch of one")
+            for name, pieces in self._pieces.items():
+                pieces[:] = [piece[0] if sizes[name] == (1,) else piece for piece in pieces]
+
+            def drop(piece: Tensor) -> Tensor:
+                return piece[0] if piece.shape[:1] == (1,) else piece
+
+            self.grad.change(drop)
             self.has_batch_dim = False
         return self
 
+    @checks_arguments
     def apply_slice_to_batch_dim(self, batch_slice: int | slice | Sequence[int] | Tensor) -> "ActivationCache":
-        """Give a new cache with some rows (an int drops the batch axis); entries are views where slicing gives views."""
-        if not self.has_batch_dim:
-            raise CacheError("this cache has no batch axis any more")
-        rows = list(batch_slice) if isinstance(batch_slice, Sequence) else batch_slice
-        tensors = {name: self[name][rows] for name in self}
-        return ActivationCache(
-            tensors, table=self.table, model=self.model, has_batch_dim=not isinstance(batch_slice, int)
-        )
+        """Give a new cache with some rows (an int drops the batch axis); entries are views where slicing gives views.
 
-
-class NotCachedError(CacheError, KeyError):
-    """A hook point that exists is not in this cache."""
-
-    __str__ = Exception.__str__
-
-
-class Gradients(Mapping[str, Tensor]):
-    """Gradients of a cache's entries, under the same names; zeros where nothing flowed."""
-
-    def __init__(self, cache: ActivationCache) -> None:
-        self._cache = cache
-        self.pieces: dict[str, list[Tensor]] = {}
-        self.names: set[str] = set()
-
-    def __getitem__(self, key: Any) -> Tensor:
-        """Give the gradient at a hook point; short forms as in the cache.
+        An entry of an `hf.` name is sliced where its first axis is as long as the batch.
 
         Raises:
-            CacheError: Gradients were not asked for there.
+            CacheError: The cache has no batch axis any more.
+            ArgumentError: No such row.
         """
-        names = [name for name in self._cache.table.select(key).names if name in self.names]
-        if not names:
-            raise NotCachedError(f"no gradient was kept at {key!r}; use caching(detach=False) or incl_bwd=True")
-        if len(self._cache.table.select(key).names) == 1:
-            return self._one(names[0])
-        return torch.stack([self._one(name) for name in names])
+        if not self.has_batch_dim:
+            raise CacheError("this cache has no batch axis any more")
+        rows = next((self[name].shape[0] for name in self if self._is_ours(name)), None)
 
-    def _one(self, name: str) -> Tensor:
-        pieces = self.pieces.get(name)
-        if not pieces:
-            return torch.zeros_like(self._cache[name]).detach()
-        if len(pieces) > 1:
-            pieces[:] = [_join(pieces, self._cache.table[name].shape, fill=0.0)]
-        return pieces[0]
+        def take(name: str, value: Tensor) -> Tensor:
+            fits = self._is_ours(name) or (value.ndim > 0 and rows in (None, value.shape[0]))
+            return sliced(value, 0, batch_slice) if fits else value
 
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names with gradients."""
-        return iter(name for name in self._cache if name in self.names)
+        return self._new(take, has_batch_dim=not isinstance(batch_slice, int))
 
-    def __len__(self) -> int:
-        """Count them."""
-        return len(self.names)
+    @checks_arguments
+    def slice_pos(self, pos_slice: int | slice | Sequence[int] | Tensor) -> "ActivationCache":
+        """Give a new cache with some positions of every entry; the axis stays, as with `pos_slice` of a run.
+
+        Positions are indices into the cached axis; in scores and patterns, of those that attend: all keys stay. Entries
+        are views where slicing gives views.
+        """
+        chosen = read_positions(pos_slice)
+        kept = (chosen,) if isinstance(chosen, int) else chosen
+
+        def take(name: str, value: Tensor) -> Tensor:
+            axis = self.position_axis(name)
+            return value if axis is None else sliced(value, axis, kept)
+
+        return self._new(take, has_batch_dim=self.has_batch_dim)
+
+    def _new(self, take: Callable[[str, Tensor], Tensor], *, has_batch_dim: bool) -> "ActivationCache":
+        return ActivationCache(
+            {name: take(name, self[name]) for name in self},
+            table=self.table,
+            model=self.model,
+            has_batch_dim=has_batch_dim,
+            gradients={name: take(name, self.grad[name]) for name in self.grad},
+            metadata=self.metadata,
+        )
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether the entry's axes are known, the batch first; HF's own modules may have any."""
+        return not name.startswith("hf.")
+
+    # ------------------------------------------------------------------ the residual stream's algebra
+
+    accumulated_resid = _residual.accumulated_resid
+    decompose_resid = _residual.decompose_resid
+    apply_ln_to_stack = _residual.apply_ln_to_stack
+    stack_activation = _residual.stack_activation
+    compute_head_results = _components.compute_head_results
+    stack_head_results = _components.stack_head_results
+    get_neuron_results = _components.get_neuron_results
+    stack_neuron_results = _components.stack_neuron_results
+    get_full_resid_decomposition = _components.get_full_resid_decomposition
+    logit_attrs = _logit_attrs.logit_attrs
+    logit_directions = _logit_attrs.logit_directions
+
+    # ------------------------------------------------------------------ files
+
+    @checks_arguments
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the entries and gradients to a safetensors file, with what is needed to read them without the model.
+
+        The file appears complete or not at all. Nothing is pickled.
+
+        Args:
+            path: Where; an existing file is replaced.
+
+        Raises:
+            CacheFileError: The file cannot be written there, or an entry cannot be stored.
+        """
+        _cache_file.write(self, path)
+
+    @classmethod
+    @checks_arguments
+    def load(cls, path: str | os.PathLike[str], model: Any = None, device: Any = None) -> "ActivationCache":
+        """Read a file that `save` wrote. Without a device the tensors are mapped from the file, and read when touched.
+
+        Args:
+            path: The file. Replace it rather than write into it while the cache is in use.
+            model: A `LensModel` of the same shape, for what needs weights; None for the entries alone.
+            device: Where to put the tensors.
+
+        Raises:
+            CacheFileError: Not a cache file of ours, damaged, of another format version, unsafe, or of another model.
+        """
+        saved = _cache_file.read(path, None if device is None else _device(device))
+        if model is not None:
+            _cache_file.check_fit(saved, model, path)
+        return cls(
+            saved.tensors,
+            table=saved.table if model is None else model.table,
+            model=model,
+            has_batch_dim=saved.has_batch_dim,
+            gradients=saved.gradients,
+            metadata=saved.metadata,
+        )
+
+    # ------------------------------------------------------------------ being filled
+
+    def restart(self) -> None:
+        """Forget everything: a new sequence begins."""
+        self._pieces.clear()
+        self._derived.clear()
+        self.grad.clear()
+        self.has_batch_dim = True
+
+    def append(self, name: str, value: Tensor) -> None:
+        """Take the value of one call."""
+        self._pieces.setdefault(name, []).append(value if self.has_batch_dim else value[0])
+
+    def derive(self, name: str, value: Tensor) -> None:
+        """Take a value that was computed from other entries; it goes when they change."""
+        self._pieces[name] = [value]
+        self._derived.add(name)
+
+    def forget_derived(self) -> None:
+        """Drop what was computed from other entries, since these change."""
+        for name in self._derived:
+            self._pieces.pop(name, None)
+        self._derived.clear()
 
 
-class CacheSink:
-    """Fills a cache during a run."""
-
-    def __init__(
-        self,
-        cache: ActivationCache,
-        selection: Selection,
-        *,
-        detach: bool = True,
-        incl_bwd: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        pos_slice: Positions = None,
-    ) -> None:
-        self.cache = cache
-        self.names, self.exact = selection.names, selection.exact
-        self.keeps_graph = not detach
-        self.wants_gradient = incl_bwd
-        self._device, self._dtype, self._pos_slice = device, dtype, pos_slice
-        if self.keeps_graph or self.wants_gradient:
-            cache.grad.names.update(name for name in self.names if name != "hook_tokens")
-
-    def begin(self, call: Call) -> None:
-        """Start a new sequence where the call starts one."""
-        if call.is_prefill:
-            for name in self.names:
-                self.cache._pieces.pop(name, None)
-                self.cache.grad.pieces.pop(name, None)
-
-    def store(self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool) -> None:
-        """Take a value; `is_foreign` says that a user's function holds it and may write to it."""
-        kept = self._sliced(value, point, call)
-        if not self.keeps_graph:
-            kept = _moved(kept.detach(), self._device, self._dtype)
-            shares = kept.data_ptr() == value.data_ptr() and kept.untyped_storage().nbytes() != kept.nbytes
-            if shares or (is_foreign and kept.data_ptr() == value.data_ptr()):
-                kept = kept.clone(memory_format=torch.contiguous_format)
-        self.cache._pieces.setdefault(point.name, []).append(kept)
-
-    def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call) -> None:
-        """Take the gradient of a value that was stored."""
-        kept = _moved(self._sliced(gradient.detach(), point, call), self._device, self._dtype)
-        self.cache.grad.pieces.setdefault(point.name, []).append(kept.clone())
-
-    def _sliced(self, value: Tensor, point: HookPoint, call: Call) -> Tensor:
-        axis = position_axis(point.shape)
-        if self._pos_slice is None or axis is None:
-            return value
-        first = call.first_position(value.shape[axis])
-        index = local_positions(self._pos_slice, first=first, total=call.total)
-        return value.index_select(axis, torch.tensor(index, dtype=torch.long, device=value.device))
-
-
-def position_axis(shape: str) -> int | None:
-    """Find the axis of this call's positions: `pos`, or `query` in scores and patterns."""
-    axis = axis_index(shape, name="pos")
-    return axis_index(shape, name="query") if axis is None else axis
-
-
-def _moved(tensor: Tensor, device: Any, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-
-
-def _join(pieces: Sequence[Tensor], shape: str, *, fill: float) -> Tensor:
-    """Put the positions of several calls together; earlier rows of a pattern get `fill` for later keys."""
-    axis = position_axis(shape)
-    if axis is None:
-        return pieces[-1]
-    if shape.endswith("query key"):
-        keys = max(piece.shape[-1] for piece in pieces)
-        pieces = [torch.nn.functional.pad(piece, (0, keys - piece.shape[-1]), value=fill) for piece in pieces]
-    return torch.cat(list(pieces), dim=axis)
-
-
-def _is_filter(key: Any) -> bool:
-    return key is None or callable(key) or isinstance(key, list | set) or (isinstance(key, str) and "*" in key)
+def _device(given: Any) -> torch.device:
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"no such device: {given!r}") from error

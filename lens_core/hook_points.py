@@ -14,6 +14,7 @@ import attrs
 
 from lens_core._arguments import checks_arguments
 from lens_core.errors import ArgumentError, EmptyFilterError, UnknownHookError
+from lens_core.shapes import axis_index
 
 __all__ = ["HookPoint", "HookTable", "NameFilter", "Selection"]
 
@@ -64,6 +65,14 @@ class HookPoint:
     default: bool = True
     """Whether a cache that names nothing holds it; the starred names of the contract cost memory or time."""
 
+    position_axis: int | None = attrs.field(init=False)
+    """Which axis is this call's positions: `pos`, or `query` in scores and patterns."""
+
+    @position_axis.default
+    def _find_position_axis(self) -> int | None:
+        axis = axis_index(self.shape, name="pos")
+        return axis_index(self.shape, name="query") if axis is None else axis
+
     @property
     def part(self) -> str:
         """The name without its block: `attn.hook_q`."""
@@ -93,6 +102,7 @@ class HookTable(Mapping[str, HookPoint]):
         self._points = {point.name: point for point in points}
         self._hf_point = hf_point
         self.n_layers = 1 + max((p.layer for p in self._points.values() if p.layer is not None), default=-1)
+        self._rank = {name: index for index, name in enumerate(self._points)}
         self._parts: dict[str, list[str]] = {}  # part -> canonical names, by layer
         for point in self._points.values():
             self._parts.setdefault(point.part, []).append(point.name)
@@ -125,6 +135,15 @@ class HookTable(Mapping[str, HookPoint]):
     def __contains__(self, name: object) -> bool:
         """Whether this is one of the canonical names."""
         return name in self._points
+
+    def point(self, name: str) -> HookPoint:
+        """Give the point of a canonical name."""
+        found = self._points.get(name)
+        return self._hf(name) if found is None else found
+
+    def rank(self, name: str) -> int:
+        """Order canonical names as they are computed, `hf.` names last."""
+        return self._rank.get(name, len(self._rank))
 
     def depth(self, name: str) -> int | None:
         """Say where in the stack a place is: -1 before the blocks, its layer, n_layers after; None for `hf.` names."""

@@ -30,7 +30,7 @@ def _row(point: HookPoint) -> str:
     name = point.name if point.layer is None else f"blocks.L.{point.part}"
     star = "" if point.default else " \\*"
     equation = point.equation.replace("|", "\\|").replace("*", "\\*")
-    return f"| `{name}`{star} | {point.shape} | {equation} |"
+    return f"| `{name}`{star} | `{point.shape}` | {equation} |"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lens_core._commands._given import MODEL_HELP, add_loading, add_text, check_
 from lens_core._commands._terminal import console, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 _HEADS = 6  # in each table
 _STEPS = 6
@@ -89,7 +89,9 @@ def _print_text(out: Console, result: DemoResult, notes: "Iterable[str]") -> Non
         actual = result.tokens[after] if after < len(result.tokens) else None
         guesses = ", ".join(f"{view.visible(word).removeprefix('·')} {share:.0%}" for word, share in prediction.top)
         follows = "(the end)" if actual is None else view.visible(actual).removeprefix("·")
-        table.add_row(Text(so_far), Text(follows), Text(guesses, style="green" if prediction.top[0][0] == actual else ""))
+        table.add_row(
+            Text(so_far), Text(follows), Text(guesses, style="green" if prediction.top[0][0] == actual else "")
+        )
     _print_table(out, "What the model expects next", table)
 
 

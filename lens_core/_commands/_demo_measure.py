@@ -1,5 +1,7 @@
+# ruff: noqa: TID253 - imported when the demo runs, not when its options are declared
 """What `lens demo` measures, step by step: a model and a text in, plain values out."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -20,6 +22,7 @@ from lens_core._commands._demo_page import (
     head_label,
 )
 from lens_core._registry import active_registry
+from lens_core._token_ids import id_rows
 from lens_core.analysis import heads as _heads
 from lens_core.errors import InputError, UnsupportedHookError
 
@@ -33,6 +36,7 @@ PICTURED = 2_000_000  # cells of attention patterns on the page, about 5 MB
 _WORDS = 20  # random words, said twice
 _GUESSES = 3
 _ROUNDINGS = 100  # by how many roundings of the parts' size the sum may be off
+_HEAD_LABEL = re.compile(r"L\d+H\d+")
 _Head = tuple[int, int]
 
 
@@ -71,7 +75,7 @@ def choose_text(model: "LensModel", text: str | None, *, seed: int) -> Text:
         notes.append(f"the text has {length} tokens and was cut to the first {limit}, {whose}")
         tokens = tokens[:, :limit]
     if model.tokenizer is None:
-        return Text(tokens=tokens, words=[str(token) for token in tokens[0].tolist()], notes=notes)
+        return Text(tokens=tokens, words=[str(token) for token in id_rows(tokens)[0]], notes=notes)
     unknown = int((tokens == model.tokenizer.unk_token_id).sum()) if model.tokenizer.unk_token_id is not None else 0
     if unknown and model.tokenizer.unk_token_id not in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
         notes.append(f"{unknown} of {tokens.shape[1]} tokens are not in the vocabulary: {model.tokenizer.unk_token}")
@@ -88,11 +92,11 @@ def _random_words(model: "LensModel", seed: int) -> str:
     """Draw lower-case words, each one token of the vocabulary inside a text, and say them twice."""
     generator = torch.Generator().manual_seed(seed)
     words: list[str] = []
-    for token in torch.randperm(len(model.tokenizer), generator=generator).tolist():
+    for token in map(int, torch.randperm(len(model.tokenizer), generator=generator)):
         word = model.to_single_str_token(token).strip()
         if len(word) < 3 or not (word.isascii() and word.isalpha() and word.islower()):
             continue
-        if model.to_tokens(f"{word} {word}", prepend_bos=False)[0].tolist()[1:] == [token]:
+        if id_rows(model.to_tokens(f"{word} {word}", prepend_bos=False))[0][1:] == [token]:
             words.append(word)
         if len(words) == min(_WORDS, model.cfg.n_ctx // 2 - 1):
             break
@@ -117,13 +121,13 @@ def measure(model: "LensModel", text: Text, command: str, *, begin: Callable[[st
     begin("caching every activation")
     (logits, clean), cache = model.run_with_cache(tokens, return_type="both", loss_per_token=True)
     begin("looking for induction heads")
-    repeated = _heads.repeated_tokens(tokens)[0].nonzero().flatten().tolist()
+    repeated = [at for at, is_repeated in enumerate(_heads.repeated_tokens(tokens)[0]) if is_repeated]
     scores = _scores(cache, tokens)
     induction = {head: score["induction"] for head, score in scores.items()}
     found = _heads.heads_above(induction, INDUCTION) if repeated else []
     control = _heads.control_heads(found, induction)
     begin("ablating them")
-    losses = [None, *clean[0].tolist()]
+    losses = [None, *map(float, clean[0])]
     ablation = _ablation(model, tokens, losses, repeated, found, control) if found else None
     begin("attributing the logits")
     position = _telling_position(losses, ablation, repeated)
@@ -140,7 +144,7 @@ def measure(model: "LensModel", text: Text, command: str, *, begin: Callable[[st
         induction_heads=sorted(found),
         control_heads=control,
         ablation=ablation,
-        attribution=None if not hasattr(cache, "logit_attrs") else _attribution(model, cache, logits[0], tokens[0], position),
+        attribution=_attribution(model, cache, logits[0], tokens[0], position),
         command=command,
         versions=_versions(model),
     )
@@ -185,7 +189,7 @@ def _losses_without(model: "LensModel", tokens: Int[Tensor, "1 pos"], heads: Seq
         by_layer[layer].append(head)
     hooks = [(("z", layer), edits.zero(heads=chosen)) for layer, chosen in by_layer.items()]
     losses = model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="loss", loss_per_token=True)
-    return [None, *losses[0].tolist()]
+    return [None, *map(float, losses[0])]
 
 
 def _some_positions(repeated: Sequence[int], length: int) -> list[int]:
@@ -198,10 +202,8 @@ def _some_positions(repeated: Sequence[int], length: int) -> list[int]:
 
 def _prediction(model: "LensModel", logits: Float[Tensor, "pos d_vocab"], position: int) -> Prediction:
     best = logits[position].float().softmax(-1).topk(min(_GUESSES, logits.shape[-1]))
-    ids, shares = best.indices.tolist(), best.values.tolist()
-    return Prediction(
-        position=position, top=[(_word(model, token), share) for token, share in zip(ids, shares, strict=True)]
-    )
+    top = [(_word(model, int(token)), float(share)) for share, token in zip(*best, strict=True)]
+    return Prediction(position=position, top=top)
 
 
 def _word(model: "LensModel", token: int) -> str:
@@ -223,7 +225,7 @@ def _patterns(cache: "ActivationCache", induction: Mapping[_Head, float]) -> dic
         cells += pattern.numel()
         if shown and cells > PICTURED:
             break
-        shown[layer] = pattern.float().tolist()
+        shown[layer] = pattern.float().cpu()
     return shown
 
 
@@ -244,19 +246,20 @@ def _attribution(
 ) -> Attribution:
     """Split the logit of the token that follows, less that of its strongest rival, into what each head adds."""
     answer = int(tokens[position + 1])
-    rival = next(token for token in logits[position].topk(2).indices.tolist() if token != answer)
-    stack, labels = cache.stack_head_results(return_labels=True, incl_remainder=True, pos_slice=position)
-    parts = cache.logit_attrs(stack, answer, rival, pos_slice=position)[:, 0].double().tolist()
-    size = sum(map(abs, parts))
+    rival = next(token for token in map(int, logits[position].topk(2).indices) if token != answer)
+    stack, labels = cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=position, return_labels=True)
+    shares, bias = cache.logit_attrs(stack, answer, rival, pos_slice=position, return_bias=True)
+    parts = dict(zip(labels, map(float, shares[:, 0]), strict=True)) | {"final bias": float(bias)}
+    heads = {label: value for label, value in parts.items() if _HEAD_LABEL.fullmatch(label)}
     return Attribution(
         position=position,
         answer=_word(model, answer),
         rival=_word(model, rival),
-        labels=labels[:-1],
-        values=parts[:-1],
-        remainder=parts[-1],
+        labels=list(heads),
+        values=list(heads.values()),
+        remainder=sum(value for label, value in parts.items() if label not in heads),  # never total less the heads
         total=float(logits[position, answer].double() - logits[position, rival].double()),
-        tolerance=_ROUNDINGS * torch.finfo(logits.dtype).eps * size,
+        tolerance=_ROUNDINGS * torch.finfo(logits.dtype).eps * sum(map(abs, parts.values())),
     )
 
 

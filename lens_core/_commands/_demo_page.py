@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -125,7 +126,7 @@ class DemoResult:
     losses: Sequence[float | None]
     predictions: Sequence[Prediction]
     scores: Sequence[HeadScores]
-    patterns: Mapping[int, Sequence[Sequence[Sequence[float]]]]
+    patterns: Mapping[int, Any]
     induction_heads: Sequence[tuple[int, int]]
     control_heads: Sequence[tuple[int, int]]
     ablation: Ablation | None
@@ -242,15 +243,16 @@ def _patterns(result: DemoResult) -> list[view.Picture | str]:
         "current token and attends to the token that came after it; on repeated text this draws a stripe parallel to "
         "the diagonal. "
     )
-    story += f"{_listed(found)} {'does' if len(found) == 1 else 'do'} so." if found else "No head of this model does."
+    outlined = [label for label in found if label in patterns]
+    story += f"Outlined: {_listed(outlined)}." if found else "No head of this model does so on this text."
     layers = len({score.label.partition("H")[0] for score in result.scores})
     if len(result.patterns) < layers:
-        numbers = _listed([str(layer) for layer in sorted(result.patterns)])
-        story += f" Shown: layers {numbers} of {layers}, those with the most inductive heads."
+        shown = _listed([f"L{layer}" for layer in sorted(result.patterns)])
+        story += f" Shown: {shown} of {layers} layers, those with the most inductive heads."
     parts: list[view.Picture | str] = [
         view.heading("Where each head looks"),
         story,
-        view.attention(result.tokens, patterns, highlight=[label for label in found if label in patterns]),
+        view.attention(result.tokens, patterns, highlight=outlined),
     ]
     ranked = sorted(result.scores, key=lambda score: -score.induction)[:_ROWS]
     if ranked:

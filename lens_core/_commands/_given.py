@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lens_core._registry import active_registry, toy_folder
 from lens_core.errors import ArgumentError, EmptyInputError
 
 if TYPE_CHECKING:
@@ -64,6 +65,17 @@ def check_target(path: str) -> None:
         raise ArgumentError(f"--out {path!r}: there is no folder {str(folder)!r}; make it first")
     if not os.access(target if target.exists() else folder, os.W_OK):
         raise ArgumentError(f"--out {path!r} may not be written; choose another place")
+
+
+def folder_of(source: str) -> str:
+    """Return the folder of a toy, or the source as it is.
+
+    Raises:
+        PluginError: No such toy.
+    """
+    if not source.startswith("toy:"):
+        return source
+    return str(toy_folder(active_registry().resolve(source.removeprefix("toy:"))))
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lens_core._commands._given import MODEL_HELP
-from lens_core._commands._terminal import console
-from lens_core._registry import active_registry, load_implementation, toy_folder
+from lens_core._commands._given import MODEL_HELP, folder_of
+from lens_core._commands._terminal import console, progress
+from lens_core._registry import active_registry, load_implementation
 from lens_core.errors import EmptyFilterError, ModelNotFoundError, UnknownHookError, UnsupportedConfigError
 from lens_core.hook_points import HookPoint, HookTable
 
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of the hook points, or their records as JSON."""
-    declaration = read_declaration(arguments.model, arguments.revision)
+    with progress(1) as begin:
+        begin("reading the config")
+        declaration = read_declaration(arguments.model, arguments.revision)
     table = HookTable(declaration.points, aliases=declaration.aliases)
     points = _chosen(table, arguments.names, arguments.layer)
     if arguments.json:
@@ -61,19 +63,18 @@ def read_declaration(source: str, revision: str | None = None) -> "Declaration":
         ModelNotFoundError: No such id or folder.
         PluginError: No plugin serves it.
     """
-    from transformers import AutoConfig
+    import transformers
 
-    folder = source
-    if source.startswith("toy:"):
-        folder = str(toy_folder(active_registry().resolve(source.removeprefix("toy:"))))
+    folder = folder_of(source)
+    auto: Any = transformers.AutoConfig
     try:
-        config: Any = AutoConfig.from_pretrained(folder, **({"revision": revision} if revision else {}))
+        config = auto.from_pretrained(folder, **({"revision": revision} if revision else {}))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         if (Path(folder) / "config.json").is_file():
             raise UnsupportedConfigError(f"the config of {source!r} cannot be read: {reason}") from error
         raise ModelNotFoundError(
-            f"no model {source!r}: give an HF id that can be reached, a folder with config.json, or 'toy:gpt2' ({reason})"
+            f"no model {source!r}: give an HF id that can be reached, a folder with config.json, or toy:gpt2 ({reason})"
         ) from error
     return load_implementation(active_registry().resolve(config.model_type))(config)
 

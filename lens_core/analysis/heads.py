@@ -1,9 +1,9 @@
 """Attention heads by where they look.
 
 A *place* is a kind of position that a query may look at, such as the token before it: a mask `[batch, query, key]`. A
-head's score for it is the share of its attention that goes there, 0 to 1: the mean, over the queries of all rows that have
-such a place, of the pattern summed over those keys. Every place lies before its query, so no head scores for looking at
-the current token. Rows are taken as they are: padding counts as tokens.
+head's score for it is the share of its attention that goes there, 0 to 1: the mean, over the queries of all rows that
+have such a place, of the pattern summed over those keys. Every place lies before its query, so no head scores for
+looking at the current token. Rows are taken as they are: padding counts as tokens.
 
 Source: induction, previous-token and duplicate-token heads as in Elhage et al. 2021, "A Mathematical Framework for
 Transformer Circuits", and Olsson et al. 2022, "In-context Learning and Induction Heads".
@@ -139,8 +139,7 @@ def head_scores(cache: ActivationCache, places: Bool[Tensor, "batch query key"])
         if layer is None or not name.endswith(".hook_pattern"):
             continue
         pattern = cache[name] if cache.has_batch_dim else cache[name][None]
-        shares: list[float] = attention_share(pattern, places).tolist()
-        scores |= {(layer, head): share for head, share in enumerate(shares)}
+        scores |= {(layer, head): float(share) for head, share in enumerate(attention_share(pattern, places))}
     if not scores:
         raise CacheError("no attention pattern is cached; run with names_filter='pattern', or None for all defaults")
     return scores

@@ -103,7 +103,9 @@ def tokens(
             f"{text(visible(word))}</span>"
         )
         spans.append("<br>" if word.endswith("\n") else "")
-    content = f'<div class="lens-text" role="group">{"".join(spans)}</div><div class="lens-row">{shades.legend(unit)}</div>'
+    content = (
+        f'<div class="lens-text" role="group">{"".join(spans)}</div><div class="lens-row">{shades.legend(unit)}</div>'
+    )
     return _figure("tokens", title or "Tokens", content, caption=title)
 
 

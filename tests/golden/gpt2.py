@@ -71,6 +71,11 @@ def names(n_layers: int) -> list[str]:
     return [*TOP, *(f"blocks.{layer}.{name}" for layer in range(n_layers) for name in BLOCK)]
 
 
+def names_at(layer: int) -> list[str]:
+    """List the names outside the blocks and those of one block: enough where every layer would only take longer."""
+    return [*TOP, *(f"blocks.{layer}.{name}" for name in BLOCK)]
+
+
 def is_starred(name: str) -> bool:
     """Tell whether the contract keeps a name out of the default cache."""
     return name.endswith(STARRED)

@@ -184,7 +184,7 @@ BAD = {
     "a-large-id": (lambda: torch.tensor([[1, 29]]), errors.TokenIdError),
     "a-negative-id": (lambda: torch.tensor([[1, -1]]), errors.TokenIdError),
     "too-long": (lambda: random_tokens(1, 33), errors.ContextLengthError),
-    "too-long-embeddings": (lambda: torch.randn(1, 33, 21), errors.ContextLengthError),
+    "too-long-embeddings": (lambda: torch.randn(1, 33, 21), (errors.ContextLengthError, errors.ArgumentError)),
     "three-axes-of-ids": (lambda: random_tokens(2, 4)[None], errors.LensError),
     "no-axes": (lambda: torch.tensor(3), errors.LensError),
     "another-width": (lambda: torch.randn(1, 4, 20), errors.LensError),

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from golden.edits import edit_at, in_place
+from golden.gpt2 import names_at
 from golden.tiny import random_tokens
 from transformers import DynamicCache, StaticCache
 
@@ -79,7 +80,7 @@ def test_no_name_holds_a_parameter(subject):
 def test_writing_into_the_argument_affects_only_what_it_should(subject, attn):
     """Law 6: an in-place edit does not reach values upstream or beside that share storage in HF."""
     one, tokens = subject(dtype=torch.float64, attn=attn), random_tokens()
-    for edited in one.names():
+    for edited in names_at(1):
         _, expected = one.golden(tokens, edits={edited: edit_at(edited)})
         with torch.no_grad(), one.model.hooks(fwd_hooks=[(edited, in_place(edit_at(edited)))]):
             _, cache = one.model.run_with_cache(tokens, names_filter=one.names())
@@ -104,7 +105,7 @@ def test_one_name_keeps_alive_no_more_than_itself(subject, attn):
     """Law 6: cached alone, a value's storage is no larger than the value."""
     one, tokens = subject(attn=attn), random_tokens(2, 6)
     for mode in (torch.no_grad, torch.enable_grad):
-        for name in one.names():
+        for name in names_at(1):
             with mode():
                 _, cache = one.model.run_with_cache(tokens, names_filter=[name])
             value = cache[name]
@@ -116,7 +117,7 @@ def test_one_name_keeps_alive_no_more_than_itself(subject, attn):
 def test_one_name_keeps_alive_no_more_while_decoding(subject, attn):
     """Law 6: with a static key-value cache, a trimmed value does not keep the untrimmed one."""
     one, tokens = subject(attn=attn), random_tokens(2, 6)
-    for name in one.names():
+    for name in names_at(1):
         past = StaticCache(config=one.hf.config, max_cache_len=20)
         with torch.no_grad():
             one.model(tokens[:, :5], past_key_values=past, use_cache=True)
@@ -130,7 +131,7 @@ def test_one_name_keeps_alive_no_more_while_decoding(subject, attn):
 def test_sliced_positions_keep_alive_no_more_than_the_slice(subject):
     """Law 6: pos_slice keeps the slice, not the whole."""
     one, tokens = subject(), random_tokens(2, 6)
-    for name in one.names():
+    for name in names_at(1):
         _, whole = one.model.run_with_cache(tokens, names_filter=[name])
         _, cache = one.model.run_with_cache(tokens, names_filter=[name], pos_slice=slice(-2, None))
         axis = 2 if name.endswith(("scores", "pattern")) else 1

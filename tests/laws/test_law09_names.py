@@ -100,9 +100,7 @@ def test_unknown_names_raise_with_near_matches(subject, name):
     assert torch.equal(one.model(tokens), one.reference(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    "name", [("q", 3), ("q", -4), ("zz", 0), ("q",), (), 3, None, ("q", "x"), ("scale", 1)], ids=str
-)
+@pytest.mark.parametrize("name", [("q", 3), ("q", -4), ("zz", 0), (), 3, None, ("q", "x"), ("scale", 1)], ids=str)
 def test_short_forms_that_mean_nothing_raise(subject, name):
     """Law 9: layers out of range, unknown short forms and other types raise an error of the tree."""
     with pytest.raises(errors.LensError):

@@ -71,7 +71,7 @@ def test_offloaded_models_are_read_and_edited(folder, tmp_path):
             torch.testing.assert_close(ours, theirs, msg=name)
 
 
-@pytest.mark.parametrize("source", ["no/such-model", "./no-such-folder", "/no/such/folder", ""])
+@pytest.mark.parametrize("source", ["no/such-model", "./no-such-folder", "/no/such/folder"])
 def test_a_model_that_is_not_there_is_an_error(source):
     """An unknown id or folder, without network, is one clear error."""
     with pytest.raises(errors.ModelNotFoundError):
@@ -79,7 +79,7 @@ def test_a_model_that_is_not_there_is_an_error(source):
 
 
 @pytest.mark.parametrize(
-    "source", [None, 3, b"x", object(), torch.nn.Linear(2, 2), {"a": 1}], ids=lambda s: type(s).__name__
+    "source", [None, "", 3, b"x", object(), torch.nn.Linear(2, 2), {"a": 1}], ids=lambda s: type(s).__name__
 )
 def test_a_source_of_another_kind_is_an_error(source):
     """Not a name, folder or HF model."""
@@ -105,7 +105,10 @@ def test_missing_and_corrupt_weights_are_errors(folder):
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
-    content, tensors = path.read_bytes(), load_file(path)
+    content = path.read_bytes()
+    tensors = {
+        key: value.clone() for key, value in load_file(path).items()
+    }  # not views of the file, which is rewritten
     for broken in (content[: len(content) // 2], b"", b"\x00" * 64):
         path.write_bytes(broken)
         with pytest.raises(errors.WeightsError):
@@ -146,12 +149,10 @@ def test_config_fields_that_the_plugin_does_not_hold_are_refused(folder):
 
 
 def test_a_broken_tokenizer_leaves_ids_working(folder):
-    """A tokenizer file that is damaged is an error or no tokenizer, not a broken model."""
+    """A tokenizer file that is damaged warns; ids still work."""
     (folder / "tokenizer.json").write_text("{")
-    try:
+    with pytest.warns(errors.LensWarning, match="tokenizer"):
         model = lens.load(folder)
-    except errors.LensError:
-        return
     assert model(random_tokens()).shape == (2, 5, 29)
 
 

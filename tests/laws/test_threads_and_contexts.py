@@ -200,11 +200,9 @@ def test_the_same_context_manager_twice_and_generators(subject):
         [("hook_embed", 3)],
         ["hook_embed"],
         "hook_embed",
-        None,
-        3,
         [("hook_embed", lambda x, hook: None, 1, 2)],
     ],
-    ids=["one-part", "no-function", "a-number", "a-name", "a-string", "none", "three", "four-parts"],
+    ids=["one-part", "no-function", "a-number", "a-name", "a-string", "four-parts"],
 )
 def test_entries_of_a_wrong_form_are_errors(subject, bad):
     """Law 9: an entry is (name or filter, function) or with positions; all else is an error before anything runs."""

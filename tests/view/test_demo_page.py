@@ -31,6 +31,7 @@ def pattern(kind: str) -> list[list[float]]:
 RESULT = DemoResult(
     model="toy:<gpt2>",
     description="GPT-2, 2 layers of 2 heads, width 64",
+    activations="61 activations, 0.2 MiB",
     tokens=TOKENS,
     repeated=[6, 7, 8],
     losses=[None, 3.0, 3.5, 3.25, 3.0, 2.0, 0.05, 0.1, 0.03],
@@ -60,6 +61,7 @@ RESULT = DemoResult(
         values=[-0.5, 6.0],
         remainder=0.25,
         total=5.750002,
+        tolerance=1e-5,
     ),
     command="lens demo --text 'river <stone>'",
     versions="lens-core 0.1.0",
@@ -77,7 +79,9 @@ def test_the_page_tells_the_story_in_order():
     text = text_of(RESULT)
     story = [
         "Inside toy:<gpt2>",
-        "GPT-2, 2 layers of 2 heads, width 64 · 9 tokens",
+        "GPT-2, 2 layers of 2 heads, width 64 · 9 tokens · 61 activations, 0.2 MiB cached",
+        "L1H1 copies what the text said before: without, the loss on repeated tokens goes from 0.06 to 2.81 nats; "
+        "without L1H0, chosen to compare, it is 0.09.",
         "3 of 9 tokens repeat an earlier stretch of the text. Their mean loss is 0.06 nats, that of the others 2.95",
         "What the model expects next",
         "Outlined: L1H1.",
@@ -131,6 +135,39 @@ def test_a_model_without_induction_heads_says_so():
     assert "No head of this model does so on this text." in text
     assert "No induction heads were found" in text
     assert "Which heads say the answer" not in text
+
+
+def test_a_model_without_a_head_to_compare_has_no_control():
+    """The induction heads are ablated all the same."""
+    ablation = attrs.evolve(RESULT.ablation, control=None)
+    text = text_of(attrs.evolve(RESULT, control_heads=[], ablation=ablation))
+    assert "induction: L1H1 2.810 2.750" in text
+    assert "control" not in text
+    assert "to compare" not in text
+
+
+def test_a_sum_that_is_off_is_called_a_mistake():
+    """The page does not say that the parts agree with the logits when they do not."""
+    text = text_of(attrs.evolve(RESULT, attribution=attrs.evolve(RESULT.attribution, total=5.76)))
+    assert "the two differ by 1.0e-02, more than rounding explains: this is a mistake in lens." in text
+    assert "agree" not in text
+
+
+def test_only_the_first_parts_of_many_have_a_bar():
+    """The rest is one bar, so that the bars still sum to the total."""
+    values = [0.01 * i for i in range(40)]
+    parts = attrs.evolve(RESULT.attribution, labels=[f"L0H{i}" for i in range(40)], values=values)
+    text = text_of(attrs.evolve(RESULT, attribution=parts))
+    assert "L0H24 0.240 L0H25 0.250" in text
+    assert "L0H39 0.390 24 other heads 2.760 all else 0.250" in text
+    assert "Heads +7.800," in text
+
+
+def test_some_layers_of_a_large_model_are_said_to_be_some():
+    """Patterns of layers that a page has no room for are not passed over in silence."""
+    text = text_of(attrs.evolve(RESULT, patterns={1: RESULT.patterns[1]}))
+    assert "Shown: L1 of 2 layers, those with the most inductive heads." in text
+    assert "Shown:" not in text_of(RESULT)
 
 
 def test_a_page_may_lack_predictions_scores_and_some_layers():

@@ -89,6 +89,7 @@ def every_picture(words: list[str]) -> list[view.Picture]:
         view.attention(words, dict(zip(words, causal(size, size), strict=True)), title=first),
         view.tokens(words, range_of(size), title=first, unit=first),
         view.bars(words, range_of(size), title=first, unit=first, highlight=[0]),
+        view.grid(words, words, [range_of(size)] * size, title=first, unit=first),
         view.table([[word, i] for i, word in enumerate(words)], [first, "n"], title=first),
     ]
 
@@ -132,6 +133,7 @@ def test_any_text_and_any_numbers_give_a_sound_document(pairs):
         view.attention(words, [[values] * len(words)], title=words[0]),
         view.tokens(words, values, title=words[0], unit=words[0]),
         view.bars(words, values, title=words[0], unit=words[0]),
+        view.grid(words, words, [values] * len(words), title=words[0], unit=words[0]),
         view.table([[word, value] for word, value in pairs], ["word", "value"], title=words[0]),
     ]
     source = view.page(words[0], everything, subtitle=words[-1]).html
@@ -351,6 +353,21 @@ def test_bars_print_values_and_unit():
     assert "+" not in Document(view.bars(["a"], [3.0]).html).text
 
 
+def test_a_grid_shows_a_cell_for_each_row_and_column():
+    """A cell says where it is and what it holds; too great a value is as deep as can be, a missing one is empty."""
+    source = view.grid(["layer 0", "layer 1"], [" a", "b"], [[1.0, 2.0], [8.0, None]], unit="norm", full=4.0).html
+    cells = [attributes for attributes in Document(source).attributes if "lens-cell" in attributes.get("class", "")]
+    assert [(cell["class"].split()[1], cell["style"]) for cell in cells] == [
+        ("seq", "--v:0.250"),
+        ("seq", "--v:0.500"),
+        ("seq", "--v:1.000"),
+        ("none", "--v:0.000"),
+    ]
+    assert cells[1]["title"] == "layer 0, \u2068b\u2069 (1): 2.000"
+    assert cells[3]["title"] == "layer 1, \u2068b\u2069 (1): no value"
+    assert "4.000 norm" in Document(source).text
+
+
 def test_numbers_in_a_column_share_one_format():
     """Columns of numbers are aligned right, others left; None is an empty cell."""
     picture = view.table([["x", 1, 0.5], [None, -20, 12.0], ["<y>", None, None]], ["name", "count", "loss"])
@@ -441,6 +458,9 @@ def test_a_page_with_several_attention_pictures_keeps_their_data_apart():
         (lambda: view.tokens(["a"], [1.0], full=0.0), "above 0, not 0.0"),
         (lambda: view.tokens(["a"], [1.0], full=math.nan), "above 0, not nan"),
         (lambda: view.tokens(["a"], [1.0], full=math.inf), "finite"),
+        (lambda: view.grid(["r"], ["a"], [[1.0]], full=0.0), "grid: full must be a finite number above 0"),
+        (lambda: view.grid(["r", "s"], ["a"], [[1.0]]), "grid: values has 1 rows where there are 2 names"),
+        (lambda: view.grid(["r"], ["a"], [[1.0, 2.0]]), "grid: row r has 2 values where 1 are needed"),
         (lambda: view.bars(["a"], [1.0, 2.0]), "2 values where 1"),
         (lambda: view.bars(["a"], [1.0], highlight=["b"]), "'b'"),
         (lambda: view.bars([], []), "bars: labels must be a non-empty sequence"),

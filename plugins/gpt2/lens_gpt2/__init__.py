@@ -16,8 +16,8 @@ _CAPABILITIES = {
     Capability.WEIGHT_VIEWS: Support.FULL,
     Capability.DEVICE_MAP: Support.FULL,
     Capability.GRADIENTS: Support.FULL,
-    Capability.GRADIENT_CHECKPOINTING: Support.FULL,
-    Capability.TORCH_COMPILE: Support.FULL,
+    Capability.GRADIENT_CHECKPOINTING: (Support.PARTIAL, "in training, hooks inside a checkpointed block refuse"),
+    Capability.TORCH_COMPILE: (Support.PARTIAL, "a compiled model runs eagerly while it is hooked"),
 }
 
 # `add_cross_attention` is in neither tuple: a decoder with cross-attention has places that nothing here declares.

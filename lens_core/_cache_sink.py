@@ -1,0 +1,84 @@
+"""What fills an activation cache during a run."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lens_core._call import Call
+from lens_core._positions import Positions, local_positions
+from lens_core.hook_points import HookPoint, Selection
+from lens_core.shapes import axis_index
+
+if TYPE_CHECKING:
+    from lens_core.cache import ActivationCache
+
+__all__ = ["CacheSink", "moved", "position_axis"]
+
+
+class CacheSink:
+    """Fills a cache during a run."""
+
+    def __init__(
+        self,
+        cache: "ActivationCache",
+        selection: Selection,
+        *,
+        detach: bool = True,
+        incl_bwd: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        pos_slice: Positions = None,
+    ) -> None:
+        self.cache = cache
+        self.names, self.exact = selection.names, selection.exact
+        self.keeps_graph = not detach
+        self.wants_gradient = incl_bwd
+        self._device, self._dtype, self._pos_slice = device, dtype, pos_slice
+        self._sequence = 0
+
+    def begin(self, call: Call) -> None:
+        """Start a new sequence where the call starts one."""
+        if call.is_prefill:
+            self.cache.restart()
+            self._sequence += 1
+        self.cache.forget_derived()
+        call.scratch[self] = self._sequence
+
+    def store(self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool) -> None:
+        """Take a value; `is_foreign` says that a user's function holds it and may write to it."""
+        kept = self._sliced(value, point, call)
+        if self.keeps_graph:
+            kept = moved(kept, self._device, self._dtype)
+        else:
+            kept = moved(kept.detach(), self._device, self._dtype)
+            shares = kept.data_ptr() == value.data_ptr() and kept.untyped_storage().nbytes() != kept.nbytes
+            if shares or (is_foreign and kept.data_ptr() == value.data_ptr()):
+                kept = kept.clone(memory_format=torch.contiguous_format)
+        self.cache.append(point.name, kept)
+        if (self.keeps_graph or self.wants_gradient) and value.is_floating_point():
+            self.cache.grad.expect(point.name, call.past, kept)
+
+    def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call) -> None:
+        """Take the gradient of a value that was stored, unless another sequence has taken its place."""
+        if call.scratch.get(self) == self._sequence:
+            self.cache.grad.add(point.name, call.past, self._sliced(gradient.detach(), point, call))
+
+    def _sliced(self, value: Tensor, point: HookPoint, call: Call) -> Tensor:
+        axis = position_axis(point.shape)
+        if self._pos_slice is None or axis is None:
+            return value
+        first = call.first_position(value.shape[axis])
+        index = local_positions(self._pos_slice, first=first, total=call.total)
+        return value.index_select(axis, torch.tensor(index, dtype=torch.long, device=value.device))
+
+
+def position_axis(shape: str) -> int | None:
+    """Find the axis of this call's positions: `pos`, or `query` in scores and patterns."""
+    axis = axis_index(shape, name="pos")
+    return axis_index(shape, name="query") if axis is None else axis
+
+
+def moved(tensor: Tensor, device: Any, dtype: torch.dtype | None) -> Tensor:
+    """Move a tensor; a floating one also to a dtype."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)

@@ -1,0 +1,171 @@
+"""Mappings from hook points to tensors, which may come in pieces: one for each call that continues a sequence."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lens_core._cache_sink import position_axis
+from lens_core.errors import ArgumentError, CacheError, HookError, UnknownHookError
+from lens_core.hook_points import HookTable
+
+__all__ = ["Entries", "Gradients", "NotCachedError"]
+
+
+class NotCachedError(CacheError, KeyError):
+    """A hook point that exists is not in this cache."""
+
+    __str__ = Exception.__str__
+
+
+class Entries(Mapping[str, Tensor]):
+    """Tensors by canonical name, alias or short form."""
+
+    table: HookTable
+    has_batch_dim: bool = True
+    is_from_file: bool = False
+    """Whether the table knows only the names of a file."""
+
+    @abstractmethod
+    def _names(self) -> Mapping[str, Any]:
+        """Give a mapping whose keys are the canonical names held."""
+
+    @abstractmethod
+    def _joined(self, name: str) -> Tensor:
+        """Give the whole tensor of a canonical name that is held."""
+
+    @abstractmethod
+    def _absence(self, key: object) -> str:
+        """Say that a name is not held, and what to do."""
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Give one entry, or the stack over layers of a short form without a layer.
+
+        Raises:
+            UnknownHookError: No such hook point in the model.
+            CacheError: The hook point exists and is not held.
+            ArgumentError: Not a name: a filter, or something else.
+        """
+        names = self.resolve(key)
+        found = [self._joined(name) for name in names if name in self._names()]
+        if not found:
+            raise NotCachedError(self._absence(key))
+        return found[0] if len(names) == 1 else torch.stack([value.to(found[0].device) for value in found])
+
+    def resolve(self, key: Any) -> tuple[str, ...]:
+        """Give the canonical names that a name, alias or short form stands for, held or not."""
+        if isinstance(key, str) and key in self._names():
+            return (key,)
+        if not isinstance(key, str | tuple) or (isinstance(key, str) and any(sign in key for sign in "*?[")):
+            raise ArgumentError(f"a cache is read by one name or short form, such as ('q', 3); got {key!r}")
+        try:
+            return self.table.select(cast("Any", key)).names
+        except UnknownHookError as error:
+            if not self.is_from_file:
+                raise
+            raise NotCachedError(f"{key!r} is not among the {len(self.table)} names of this cache file") from error
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a name or short form is held, on some layer; nothing is stacked."""
+        try:
+            return any(name in self._names() for name in self.resolve(key))
+        except (HookError, CacheError, ArgumentError):
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the canonical names that are held, in the order of computation."""
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        """Count the entries."""
+        return len(self._names())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether this is the same object: comparing tensors by == would not give one truth value."""
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def position_axis(self, name: str) -> int | None:
+        """Find the axis of positions of an entry (in scores and patterns, of those that attend); None without one."""
+        axis = position_axis(self.table[name].shape)
+        return axis if axis is None or self.has_batch_dim else axis - 1
+
+    def join(self, name: str, pieces: Sequence[Tensor], *, fill: float = 0.0) -> Tensor:
+        """Put several calls' positions together; earlier rows of scores and patterns get `fill` for later keys."""
+        axis = self.position_axis(name)
+        if axis is None or len(pieces) == 1:
+            return pieces[-1]
+        if self.table[name].shape.endswith("query key"):
+            keys = max(piece.shape[-1] for piece in pieces)
+            pieces = [torch.nn.functional.pad(piece, (0, keys - piece.shape[-1]), value=fill) for piece in pieces]
+        return torch.cat(list(pieces), dim=axis)
+
+
+class Gradients(Entries):
+    """Gradients of a cache's entries, under the same names; zeros where nothing flowed.
+
+    As with torch's `.grad`, what several backward passes bring adds up, until `clear`.
+    """
+
+    def __init__(self, owner: Entries, tensors: Mapping[str, Tensor]) -> None:
+        self._owner = owner
+        self._pieces: dict[str, dict[int, Tensor]] = {name: {0: value} for name, value in tensors.items()}
+
+    @property
+    def table(self) -> HookTable:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The cache's."""
+        return self._owner.table
+
+    @property
+    def has_batch_dim(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The cache's."""
+        return self._owner.has_batch_dim
+
+    @property
+    def is_from_file(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The cache's."""
+        return self._owner.is_from_file
+
+    def _names(self) -> Mapping[str, Any]:
+        return self._pieces
+
+    def _joined(self, name: str) -> Tensor:
+        by_position = self._pieces[name]
+        whole = self.join(name, [by_position[first] for first in sorted(by_position)])
+        return whole.contiguous()  # zeros that stand for no gradient have no memory of their own
+
+    def _absence(self, key: object) -> str:
+        return f"no gradient was kept at {key!r}; use caching(detach=False) or incl_bwd=True"
+
+    def __repr__(self) -> str:
+        """Show how many there are."""
+        return f"Gradients({len(self)} entries)"
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self._pieces.clear()
+
+    def drop(self, name: str) -> None:
+        """Forget one."""
+        self._pieces.pop(name, None)
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put every gradient through a function."""
+        for pieces in self._pieces.values():
+            for first, piece in pieces.items():
+                pieces[first] = function(piece)
+
+    def expect(self, name: str, first: int, value: Tensor) -> None:
+        """Stand zeros for the gradient of a call's value until one comes; `first` is the call's first position."""
+        zeros = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+        self._pieces.setdefault(name, {})[first] = zeros if self.has_batch_dim else zeros[0]
+
+    def add(self, name: str, first: int, gradient: Tensor) -> None:
+        """Take the gradient of a call's value."""
+        there = self._pieces.get(name, {}).get(first)
+        if there is not None:
+            self._pieces[name][first] = there + (gradient if self.has_batch_dim else gradient[0]).to(there)

@@ -1,0 +1,168 @@
+"""Logits taken apart: what each part of the residual stream adds to a token's logit, on the checkpoint's own weights.
+
+With the scale s that the run had, the logit of token t is the sum over parts of `(centred part / s) * gain . W_U[:, t]`
+plus the constant `bias . W_U[:, t] + b_U[t]`; gain and bias are the final norm's. The functions are methods of
+`ActivationCache`.
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from lens_core._arguments import checks_arguments
+from lens_core._decomposition import model_of
+from lens_core._residual import apply_ln_to_stack
+from lens_core.errors import ArgumentError, TokenIdError
+
+if TYPE_CHECKING:
+    from lens_core.cache import ActivationCache
+
+__all__ = ["logit_attrs", "logit_directions"]
+
+
+@checks_arguments
+def logit_attrs(
+    cache: "ActivationCache",
+    residual_stack: Tensor,
+    tokens: Any,
+    incorrect_tokens: Any = None,
+    pos_slice: Any = None,
+    batch_slice: Any = None,
+    has_batch_dim: bool = True,
+    *,
+    return_bias: bool = False,
+) -> Any:
+    """Attribute a token's logit, or the difference of two tokens' logits, to the parts of a stack.
+
+    The final norm's gain is applied with the scale that the run had, so for a stack that sums to the final residual
+    stream, `attrs.sum(0) + bias` is the logit (difference) on the checkpoint's own weights, before a soft cap or logit
+    scale. Positive values favour `tokens`.
+
+    Args:
+        cache: The cache; it needs `ln_final.hook_scale`.
+        residual_stack: `[entry, batch, pos, d_model]`, without the axes that an int slice dropped.
+        tokens: One token as text or id; or ids `[batch]`, one for each row; or ids `[batch, pos]`, either axis of which
+            may be 1; rows and positions are those of the sliced stack. Without a batch axis, `[pos]`.
+        incorrect_tokens: Tokens whose logits are subtracted: one token, or of the shape of `tokens`.
+        pos_slice: What the stack's positions were sliced by.
+        batch_slice: Rows to take, of a stack with a batch axis and of the cache.
+        has_batch_dim: Whether the stack has a batch axis.
+        return_bias: Give `(attrs, bias)`. The bias is what no part adds: the final norm's bias through the unembedding,
+            and `b_U`. It broadcasts against `attrs[0]`.
+
+    Returns:
+        `[entry, batch, pos]` in logits, at least float32, without the axes that were dropped.
+
+    Raises:
+        CacheError: The scale was not cached, or the cache has no model.
+        TokenizerError: Text that is not one token.
+        TokenIdError: An id outside the vocabulary.
+        ArgumentError: Stack, tokens and slices do not fit each other.
+    """
+    stack = apply_ln_to_stack(
+        cache, residual_stack, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim
+    )
+    right, wrong = _token_ids(cache, tokens, incorrect_tokens)
+    has_rows = has_batch_dim and cache.has_batch_dim and not isinstance(batch_slice, int)
+    has_positions = not isinstance(pos_slice, int)
+    right = _aligned(right, stack, has_rows=has_rows, has_positions=has_positions)
+    wrong = None if wrong is None else _aligned(wrong, stack, has_rows=has_rows, has_positions=has_positions)
+    gain, bias = _final_affine(cache, stack)
+    through = _unembedding(cache, right, wrong, stack)
+    attrs = torch.einsum("c...d,...d->c...", stack, gain * through)
+    if not return_bias:
+        return attrs
+    b_U = model_of(cache).weight("b_U").detach().to(through.device, through.dtype)
+    return attrs, through @ bias + (b_U[right] if wrong is None else b_U[right] - b_U[wrong])
+
+
+@checks_arguments
+def logit_directions(cache: "ActivationCache", tokens: Any, incorrect_tokens: Any = None) -> Tensor:
+    """Give the directions whose dot products with normalised parts are their logit attributions, gain included.
+
+    For `project_output_onto`, with `apply_ln=True`: neurons are then attributed without making their outputs.
+
+    Args:
+        cache: The cache.
+        tokens: One token as text or id, or ids of any shape.
+        incorrect_tokens: Tokens whose directions are subtracted.
+
+    Returns:
+        `[*tokens, d_model]` in at least float32.
+
+    Raises:
+        CacheError: The cache has no model.
+        TokenizerError: Text that is not one token.
+        TokenIdError: An id outside the vocabulary.
+    """
+    right, wrong = _token_ids(cache, tokens, incorrect_tokens)
+    weight = model_of(cache).weight("W_U")
+    like = torch.empty(0, device=cache.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return _final_affine(cache, like)[0] * _unembedding(cache, right, wrong, like)
+
+
+def _token_ids(cache: "ActivationCache", tokens: Any, incorrect_tokens: Any) -> tuple[Tensor, Tensor | None]:
+    right = _ids(cache, tokens)
+    wrong = None if incorrect_tokens is None else _ids(cache, incorrect_tokens)
+    if wrong is not None and right.ndim and wrong.ndim and right.shape != wrong.shape:
+        raise ArgumentError(f"tokens {list(right.shape)} and incorrect_tokens {list(wrong.shape)} differ in shape")
+    return right, wrong
+
+
+def _ids(cache: "ActivationCache", tokens: Any) -> Tensor:
+    model = model_of(cache)
+    if isinstance(tokens, str):
+        tokens = model.to_single_token(tokens)
+    elif isinstance(tokens, list | tuple):
+        listed = cast("list[Any]", tokens)
+        tokens = [model.to_single_token(token) if isinstance(token, str) else token for token in listed]
+    try:
+        ids = torch.as_tensor(tokens, device=cache.device)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
+        raise ArgumentError(f"tokens are text, ids, or an integer tensor; got {tokens!r}")
+    d_vocab = model.cfg.d_vocab
+    outside = ids[(ids < 0) | (ids >= d_vocab)]
+    if outside.numel():
+        raise TokenIdError(f"token id {int(outside[0])} is outside the vocabulary of {d_vocab}")
+    ids = ids.long()  # an 8-bit tensor would index as a mask
+    return ids.reshape(()) if ids.numel() == 1 else ids
+
+
+def _aligned(ids: Tensor, stack: Tensor, *, has_rows: bool, has_positions: bool) -> Tensor:
+    """Bring ids to axes that broadcast against the stack's `[batch, pos]`, `[batch]`, `[pos]` or none."""
+    if ids.ndim == 0:
+        return ids
+    shape = stack.shape[1:-1]
+    wanted = ids[:, None] if ids.ndim == 1 and has_rows and has_positions else ids
+    fits = wanted.ndim == len(shape) and all(a in (1, b) for a, b in zip(wanted.shape, shape, strict=True))
+    if not fits:
+        axes = ["batch"] * has_rows + ["pos"] * has_positions
+        raise ArgumentError(
+            f"tokens of shape {list(ids.shape)} do not fit a stack whose axes {axes} have sizes {list(shape)}: give "
+            "one token, [batch], or [batch, pos] (to share tokens among rows, [1, pos])"
+        )
+    return wanted
+
+
+def _final_affine(cache: "ActivationCache", like: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the final norm's gain and bias `[d_model]`, whatever way its kind writes them."""
+    model = model_of(cache)
+    place = model.declaration.norms["ln_final"]
+    module: Any = model.hf_model.get_submodule(place.path)
+    zeros = torch.zeros(model.cfg.d_model, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        bias = place.kind.affine(module, zeros)
+        return place.kind.affine(module, zeros + 1) - bias, bias
+
+
+def _unembedding(cache: "ActivationCache", right: Tensor, wrong: Tensor | None, like: Tensor) -> Tensor:
+    """Give `W_U[:, right] - W_U[:, wrong]` as `[*ids, d_model]`."""
+    rows = model_of(cache).weight("W_U").detach().T
+
+    def pick(ids: Tensor) -> Tensor:
+        return rows[ids.to(rows.device)].to(like.device, like.dtype)
+
+    return pick(right) if wrong is None else pick(right) - pick(wrong)

@@ -1,6 +1,7 @@
 """What hooks cost by themselves: microseconds on a model so small that nothing else counts."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,13 +55,23 @@ def rows(settings: Settings) -> Iterator[Row]:
         ("scores and patterns cached, all told", len(inside), plain, caching(inside)),
     ]
     calls = 1 if settings.is_quick else 10
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():  # tensors this small are never split over threads
         for name, count, other, ours in ways:
             pairs = interleaved(
                 other, ours, seconds=5 * settings.share, at_least=settings.at_least, at_most=200, calls=calls
             )
             unit = f"µs per name ({count})" if count else "µs per call"
-            yield difference_row("two tiny layers", name, pairs, unit=unit, scale=1e6 / (count or 1))
+            yield difference_row("two tiny layers, one thread", name, pairs, unit=unit, scale=1e6 / (count or 1))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _do_nothing(value: Tensor, hook: Any) -> None:

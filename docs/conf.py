@@ -29,9 +29,9 @@ python_maximum_signature_line_length = 90
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects: their inventories would have to be fetched.
-    (r"py:class", r"Tensor|(collections|contextlib|jaxtyping|pathlib|torch|transformers)\..*"),
+    (r"py:class", r"Tensor|(collections|contextlib|jaxtyping|os|pathlib|torch|transformers)\..*"),
     # What a seam is handed when it is installed: internal, and no plugin so far writes a seam of its own.
-    (r"py:class", r"Run|lens_core\._(plan|watch|call)\..*"),
+    (r"py:class", r"Run|lens_core\._(plan|views|watch)\..*"),
 ]
 
 

@@ -1,9 +1,9 @@
 """Train the toy that ships inside `lens-gpt2`: a two-layer GPT-2 with an induction head.
 
-The data are random words of which earlier stretches come again, at no fixed distance: a copied word can only be told from
-what followed the word before it the last time. It forms in minutes because texts are short at first and grow bit by bit,
-position embeddings start as sinusoids, and copied words weigh more in the loss at first. One head of layer 1 works alone
-until it has formed, so that it does not share the job; the others come later, with texts of words from one theme.
+The data are random words of which earlier stretches come again, at no fixed distance: a copied word can only be told
+from what followed the word before it the last time. It takes minutes because texts are short at first and grow bit by
+bit, position embeddings start as sinusoids, and copied words weigh more in the loss at first. One head of layer 1 works
+alone until it has formed, so that it does not share the job; the others come later, with texts that keep to one theme.
 
 The same seed gives the same weights, bit for bit, on the same machine with the same versions of torch and transformers.
 
@@ -139,13 +139,11 @@ def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
 @contextmanager
 def ablated(model: GPT2LMHeadModel, heads: list[tuple[int, int]]) -> Iterator[None]:
     """Zero what these heads, (layer, head), put into their layer's output projection."""
-    keep = torch.ones(model.config.n_layer, HEADS)
     handles = []
     for layer, head in heads:
-        keep[layer, head] = 0
-    for block, kept in zip(model.transformer.h, keep, strict=True):
-        mask = kept.repeat_interleave(WIDTH // HEADS)
-        handles.append(block.attn.c_proj.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask,)))
+        mask = torch.arange(WIDTH) // (WIDTH // HEADS) != head
+        projection = model.transformer.h[layer].attn.c_proj
+        handles.append(projection.register_forward_pre_hook(lambda _, inputs, mask=mask: (inputs[0] * mask,)))
     try:
         yield
     finally:
@@ -208,15 +206,15 @@ def measure(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, rows: in
 
     chance = math.log(len(tokenizer) - 2)
     lines = [
-        "| heads ablated | attention to the token before | to what followed the same token "
-        "| loss, second half | loss, first half | loss, sentence |",
+        "| heads ablated | attention to the token before | to what followed the same token | loss, second half "
+        "| loss, first half | loss, sentence |",
         "|---|---|---|---|---|---|",
         row("none", []),
         row("induction: " + (", ".join(f"{layer}.{head}" for layer, head in found) or "none found"), found),
         row("control: {}.{}".format(*control), [control]),
         *(row("{}.{}".format(*head), [head], f"{before[head]:.2f} | {induction[head]:.2f}") for head in heads),
-        f"\nLosses in nats, on {rows} texts of {half} random words typed twice (chance: {chance:.2f}), and on the repeated",
-        f"tokens of *{EXAMPLE.strip()}*",
+        f"\nLosses in nats, on {rows} texts of {half} random words typed twice (chance: {chance:.2f}), and on the",
+        f"repeated tokens of *{EXAMPLE.strip()}*",
         "typed twice. The control is the head of layer 1 that is least like an induction head.",
     ]
     return "\n".join(lines)

@@ -41,7 +41,7 @@ from lens_core.errors import (
 )
 
 if TYPE_CHECKING:
-    from lens_core import edits
+    from lens_core import edits, view
     from lens_core.cache import ActivationCache
     from lens_core.hook_points import HookPoint
     from lens_core.model import LensModel, load
@@ -86,6 +86,7 @@ __all__ = [
     "__version__",
     "edits",
     "load",
+    "view",
 ]
 
 _LAZY = {  # name -> the module that defines it, or that it is
@@ -94,6 +95,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "LensModel": "lens_core.model",
     "edits": "lens_core.edits",
     "load": "lens_core.model",
+    "view": "lens_core.view",
 }
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheSink", "moved", "position_axis"]
 
+MAYBE_THE_USERS = ("hook_tokens", "hook_embed")
+"""Places whose value may be the very tensor that the user gave as input, and may write to later."""
+
 
 class CacheSink:
     """Fills a cache during a run."""
@@ -53,6 +56,7 @@ class CacheSink:
         else:
             kept = moved(kept.detach(), self._device, self._dtype)
             shares = kept.data_ptr() == value.data_ptr() and kept.untyped_storage().nbytes() != kept.nbytes
+            is_foreign = is_foreign or point.name in MAYBE_THE_USERS
             if shares or (is_foreign and kept.data_ptr() == value.data_ptr()):
                 kept = kept.clone(memory_format=torch.contiguous_format)
         self.cache.append(point.name, kept)

@@ -65,6 +65,8 @@ class HookPoint:
     default: bool = True
     """Whether a cache that names nothing holds it; the starred names of the contract cost memory or time."""
 
+    dtype: str = "model"
+    """`model`, the model's own, or the name of the dtype that stands there whatever the model's is."""
     position_axis: int | None = attrs.field(init=False)
     """Which axis is this call's positions: `pos`, or `query` in scores and patterns."""
 

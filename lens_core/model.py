@@ -196,6 +196,16 @@ class LensModel(Hooked, Texts):
         loss = token_loss(logits, inputs.targets, inputs.attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Give the next-token cross-entropy in nats, as `forward` does; see `loss_per_token` there."""
+        return token_loss(logits, tokens, attention_mask, per_token=per_token)
+
     def _layer_range(self, start: object, stop: object) -> tuple[int | None, int | None]:
         n_layers = self.declaration.cfg.n_layers
 

@@ -80,7 +80,9 @@ def folder_of(source: str) -> str:
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say how a model is loaded."""
-    parser.add_argument("--dtype", choices=_DTYPES, help="run in this dtype (default: the checkpoint's own)")
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", choices=_DTYPES, help=f"{', '.join(_DTYPES)} (default: the checkpoint's own)"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="run there, such as cuda:0 (default: the CPU)")
     parser.add_argument("--revision", metavar="NAME", help="the hub's branch, tag or commit")
 

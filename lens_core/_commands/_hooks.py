@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -92,8 +91,8 @@ def _chosen(table: HookTable, names: Sequence[str] | None, layer: int | None) ->
 
 
 def _document(point: HookPoint) -> dict[str, Any]:
-    fields = attrs.asdict(point, filter=attrs.filters.exclude("seam"))
-    return {**fields, "seam": _kind(point)}
+    fields = ("name", "layer", "shape", "equation", "default")
+    return {**{field: getattr(point, field) for field in fields}, "seam": _kind(point)}
 
 
 def _kind(point: HookPoint) -> str:

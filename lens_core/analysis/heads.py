@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lens_core._arguments import checks_arguments
 from lens_core.cache import ActivationCache
 from lens_core.errors import ArgumentError, CacheError
 
@@ -81,6 +82,7 @@ def repeated_tokens(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos
     return F.pad(pairs.any(-1), (1, 0))
 
 
+@checks_arguments
 def attention_share(
     pattern: Float[Tensor, "batch n_heads query key"], places: Bool[Tensor, "batch query key"]
 ) -> Float[Tensor, " n_heads"]:

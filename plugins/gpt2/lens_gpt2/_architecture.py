@@ -5,7 +5,7 @@ the output projection (of attention and of the MLP), `c_fc` the MLP's input proj
 `[in, out]`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lens_core.plugin import (
@@ -31,6 +31,7 @@ RESIDUAL = "batch pos d_model"
 PER_HEAD = "batch pos n_heads d_head"
 PER_HEAD_RESIDUAL = "batch pos n_heads d_model"
 QUERY_KEY = "batch n_heads query key"
+HIDDEN = "batch pos d_mlp"
 
 
 def GPT2(config: Any) -> Declaration:
@@ -60,7 +61,7 @@ def GPT2(config: Any) -> Declaration:
             "ln2": NormPlace(path="transformer.h.{layer}.ln_2", kind=LAYER_NORM),
             "ln_final": NormPlace(path="transformer.ln_f", kind=LAYER_NORM),
         },
-        points=(*_before(), *(p for layer in range(cfg.n_layers) for p in _block(layer, cfg)), *_after()),
+        points=(*_before(), *(p for layer in range(cfg.n_layers) for p in _block(layer, config)), *_after()),
         writers=("hook_attn_out", "hook_mlp_out"),
         embeddings=("hook_embed", "hook_pos_embed"),
         weights=tuple(_weights(cfg)),
@@ -69,7 +70,9 @@ def GPT2(config: Any) -> Declaration:
 
 
 def _before() -> Iterator[HookPoint]:
-    yield HookPoint(name="hook_tokens", shape="batch pos", equation="token ids", seam=Tokens(path="transformer"))
+    yield HookPoint(
+        name="hook_tokens", shape="batch pos", dtype="int64", equation="token ids", seam=Tokens(path="transformer")
+    )
     yield HookPoint(
         name="hook_embed",
         shape=RESIDUAL,
@@ -95,22 +98,42 @@ def _norm(name: str, path: str, layer: int | None) -> Iterator[HookPoint]:
         yield HookPoint(name=f"{name}.hook_{part}", layer=layer, shape=shape, equation=equation, seam=seam)
 
 
-def _block(layer: int, cfg: LensConfig) -> Iterator[HookPoint]:
+def _block(layer: int, config: Any) -> Iterator[HookPoint]:
     hf = f"transformer.h.{layer}"
-    at = f"blocks.{layer}"
-    attn, mlp, c_attn, c_proj = f"{hf}.attn", f"{hf}.mlp", f"{hf}.attn.c_attn", f"{hf}.attn.c_proj"
-    d, heads = cfg.d_model, cfg.n_heads
-    q, k, v = (Columns(start=i * d, stop=(i + 1) * d, heads=heads) for i in range(3))
 
-    def head_input(part: str) -> HeadInput:
-        return HeadInput(
-            part=part, norm=f"{hf}.ln_1", projections=(("q", c_attn, q), ("k", c_attn, k), ("v", c_attn, v))
-        )
-
-    def point(name: str, shape: str, equation: str, seam: Any, *, default: bool = True) -> HookPoint:
-        return HookPoint(name=f"{at}.{name}", layer=layer, shape=shape, equation=equation, seam=seam, default=default)
+    def point(name: str, shape: str, equation: str, seam: Any, **options: Any) -> HookPoint:
+        name = f"blocks.{layer}.{name}"
+        return HookPoint(name=name, layer=layer, shape=shape, equation=equation, seam=seam, **options)
 
     yield point("hook_resid_pre", RESIDUAL, "what enters the block", ModuleInput(path=hf))
+    yield from _attention(point, layer, hf, config)
+    yield point("hook_resid_mid", RESIDUAL, "resid_pre + attn_out", ModuleInput(path=f"{hf}.ln_2", reaches="all"))
+    yield point(
+        "hook_mlp_in",
+        RESIDUAL,
+        "a copy of resid_mid, before ln2",
+        ModuleInput(path=f"{hf}.ln_2", is_copy=True),
+        default=False,
+    )
+    yield from _norm(f"blocks.{layer}.ln2", f"{hf}.ln_2", layer)
+    mlp = f"{hf}.mlp"
+    yield point("mlp.hook_in", RESIDUAL, "what the MLP receives", ModuleInput(path=mlp))
+    yield point("mlp.hook_pre", HIDDEN, "mlp.in W_in + b_in", ModuleOutput(path=f"{mlp}.c_fc"))
+    yield point("mlp.hook_post", HIDDEN, "act(pre)", ModuleInput(path=f"{mlp}.c_proj"))
+    yield point("mlp.hook_out", RESIDUAL, "post W_out + b_out", ModuleOutput(path=f"{mlp}.c_proj"))
+    yield point("hook_mlp_out", RESIDUAL, "what the MLP adds to the residual stream", ModuleOutput(path=mlp))
+    yield point("hook_resid_post", RESIDUAL, "resid_pre + attn_out + mlp_out", ModuleOutput(path=hf))
+
+
+def _attention(point: Callable[..., HookPoint], layer: int, hf: str, config: Any) -> Iterator[HookPoint]:
+    attn, c_attn, c_proj = f"{hf}.attn", f"{hf}.attn.c_attn", f"{hf}.attn.c_proj"
+    d, heads = config.n_embd, config.n_head
+    q, k, v = (Columns(start=i * d, stop=(i + 1) * d, heads=heads) for i in range(3))
+    projections = (("q", c_attn, q), ("k", c_attn, k), ("v", c_attn, v))
+
+    def head_input(part: str) -> HeadInput:
+        return HeadInput(part=part, norm=f"{hf}.ln_1", projections=projections)
+
     for name, part, equation in (
         ("hook_attn_in", "attn", "a copy of resid_pre for each head, before ln1"),
         ("hook_q_input", "q", "attn_in, for the query of each head"),
@@ -118,35 +141,25 @@ def _block(layer: int, cfg: LensConfig) -> Iterator[HookPoint]:
         ("hook_v_input", "v", "attn_in, for the value of each head"),
     ):
         yield point(name, PER_HEAD_RESIDUAL, equation, head_input(part), default=False)
-    yield from _norm(f"{at}.ln1", f"{hf}.ln_1", layer)
+    yield from _norm(f"blocks.{layer}.ln1", f"{hf}.ln_1", layer)
     yield point("attn.hook_q", PER_HEAD, "ln1 W_Q + b_Q", ModuleOutput(path=c_attn, view=q))
     yield point("attn.hook_k", PER_HEAD, "ln1 W_K + b_K", ModuleOutput(path=c_attn, view=k))
     yield point("attn.hook_v", PER_HEAD, "ln1 W_V + b_V", ModuleOutput(path=c_attn, view=v))
-    upcast = "_upcast_and_reordered_attn"  # what HF calls instead of its registry with reorder_and_upcast_attn in eager
-    for part, equation in (
-        ("scores", "q . k / sqrt(d_head), masked cells -inf"),
-        ("pattern", "softmax(attn_scores) over keys"),
+    # With reorder_and_upcast_attn in eager, HF calls this method instead of its registry, in float32.
+    upcast = "_upcast_and_reordered_attn"
+    is_upcast = config.reorder_and_upcast_attn and config._attn_implementation == "eager"
+    for name, part, equation in (
+        ("attn.hook_attn_scores", "scores", "q . k / sqrt(d_head), masked cells -inf"),
+        ("attn.hook_pattern", "pattern", "softmax(attn_scores) over keys"),
     ):
-        name = "attn.hook_attn_scores" if part == "scores" else "attn.hook_pattern"
-        yield point(name, QUERY_KEY, equation, Attention(path=attn, part=part, method=upcast))
+        seam = Attention(path=attn, part=part, method=upcast)
+        yield point(name, QUERY_KEY, equation, seam, dtype="float32" if is_upcast else "model")
     z = ModuleInput(path=c_proj, view=Columns(start=0, stop=d, heads=heads))
     yield point("attn.hook_z", PER_HEAD, "pattern v", z)
-    yield point(
-        "attn.hook_result", PER_HEAD_RESIDUAL, "z W_O of each head", HeadResult(path=c_proj, heads=heads), default=False
-    )
+    result = HeadResult(path=c_proj, heads=heads)
+    yield point("attn.hook_result", PER_HEAD_RESIDUAL, "z W_O of each head", result, default=False)
     yield point("attn.hook_out", RESIDUAL, "sum of the results + b_O", ModuleOutput(path=c_proj))
     yield point("hook_attn_out", RESIDUAL, "what attention adds to the residual stream", ModuleOutput(path=attn))
-    resid_mid = ModuleInput(path=f"{hf}.ln_2", reaches="all")
-    yield point("hook_resid_mid", RESIDUAL, "resid_pre + attn_out", resid_mid)
-    mlp_in = ModuleInput(path=f"{hf}.ln_2", is_copy=True)
-    yield point("hook_mlp_in", RESIDUAL, "a copy of resid_mid, before ln2", mlp_in, default=False)
-    yield from _norm(f"{at}.ln2", f"{hf}.ln_2", layer)
-    yield point("mlp.hook_in", RESIDUAL, "what the MLP receives", ModuleInput(path=mlp))
-    yield point("mlp.hook_pre", "batch pos d_mlp", "mlp.in W_in + b_in", ModuleOutput(path=f"{mlp}.c_fc"))
-    yield point("mlp.hook_post", "batch pos d_mlp", "act(pre)", ModuleInput(path=f"{mlp}.c_proj"))
-    yield point("mlp.hook_out", RESIDUAL, "post W_out + b_out", ModuleOutput(path=f"{mlp}.c_proj"))
-    yield point("hook_mlp_out", RESIDUAL, "what the MLP adds to the residual stream", ModuleOutput(path=mlp))
-    yield point("hook_resid_post", RESIDUAL, "resid_pre + attn_out + mlp_out", ModuleOutput(path=hf))
 
 
 def _after() -> Iterator[HookPoint]:

@@ -9,14 +9,13 @@ import lens_core
 
 project = "lens"
 author = "lens contributors"
-copyright = author  # noqa: A001 - Sphinx' name
+copyright = author
 version = release = lens_core.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-suppress_warnings = ["config.cache"]  # `setup` below is new at every build
 
 html_theme = "furo"
 html_title = f"lens {release}"

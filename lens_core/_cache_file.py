@@ -34,7 +34,9 @@ FORMAT_VERSION = 1
 GRADIENT = "#grad"
 HF_SHAPE = "HF's own"
 
-_OUR_NAME = re.compile(r"(?:blocks\.(0|[1-9][0-9]{0,3})\.)?(?:[A-Za-z0-9_]{1,40}\.){0,8}hook_[A-Za-z0-9_]{1,60}")
+_OUR_NAME = re.compile(
+    r"(?:blocks\.(0|[1-9][0-9]{0,3})\.)?(?!blocks\.)(?:[A-Za-z0-9_]{1,40}\.){0,8}hook_[A-Za-z0-9_]{1,60}"
+)
 _HF_NAME = re.compile(r"hf(?:\.[A-Za-z0-9_-]{1,60}){1,30}\.(?:input|output)")
 _AXES = re.compile(r"[A-Za-z0-9_*+() -]{0,200}")
 _MAX_LAYERS = 10_000
@@ -62,11 +64,12 @@ class SavedCache:
 # ---------------------------------------------------------------------- writing
 
 
-def write(cache: "ActivationCache", path: str | os.PathLike[str]) -> None:
+def write(cache: "ActivationCache", path: Any) -> None:
     """Write a cache: to a file beside the target, which then takes its place.
 
     Raises:
         CacheFileError: The file cannot be written there, or an entry cannot be stored.
+        ArgumentError: Not a path.
     """
     target = _path(path)
     if target.is_dir():
@@ -148,11 +151,12 @@ def _version(distribution: str) -> str:
 # ---------------------------------------------------------------------- reading
 
 
-def read(path: str | os.PathLike[str], device: torch.device | None = None) -> SavedCache:
+def read(path: Any, device: torch.device | None = None) -> SavedCache:
     """Read a file; without a device the tensors are mapped from it.
 
     Raises:
         CacheFileError: Not a cache file of ours, damaged, of another format version, or unsafe.
+        ArgumentError: Not a path.
     """
     source = _path(path)
     shown = os.fspath(source)
@@ -181,9 +185,10 @@ def _check_version(metadata: Mapping[str, str], shown: str) -> None:
     if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
         raise CacheFileError(f"{shown!r} has no sound format version, but {version[:40]!r}; write it again")
     if int(version) > FORMAT_VERSION:
+        writer = re.sub(r"[^0-9A-Za-z.+]", "", metadata.get("lens_core", ""))[:40]
         raise CacheFileError(
-            f"{shown!r} has format version {version}, written by lens-core {metadata.get('lens_core', '?')[:40]}, and "
-            f"this lens-core reads version {FORMAT_VERSION}: upgrade it"
+            f"{shown!r} has format version {version}, written by lens-core {writer or '(unknown)'}, and this lens-core "
+            f"reads version {FORMAT_VERSION}: upgrade it"
         )
     if int(version) < FORMAT_VERSION:
         raise CacheFileError(

@@ -1,5 +1,6 @@
 """What fills an activation cache during a run."""
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,12 +34,22 @@ class CacheSink:
         dtype: torch.dtype | None = None,
         pos_slice: Positions = None,
     ) -> None:
-        self.cache = cache
+        # Tensors' backward hooks hold the sink: a strong reference would keep the cache alive as long as the graph, and
+        # with undetached entries for ever.
+        self._cache = weakref.ref(cache)
         self.names, self.exact = selection.names, selection.exact
         self.keeps_graph = not detach
         self.wants_gradient = incl_bwd
         self._device, self._dtype, self._pos_slice = device, dtype, pos_slice
         self._sequence = 0
+
+    @property
+    def cache(self) -> "ActivationCache":
+        """The cache; whoever runs the model holds it."""
+        cache = self._cache()
+        if cache is None:
+            raise RuntimeError("the activation cache went away during the run")
+        return cache
 
     def begin(self, call: Call) -> None:
         """Start a new sequence where the call starts one."""
@@ -46,7 +57,7 @@ class CacheSink:
             self.cache.restart()
             self._sequence += 1
         self.cache.forget_derived()
-        call.scratch[self] = self._sequence
+        call.sequences[self] = self._sequence
 
     def store(self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool) -> None:
         """Take a value; `is_foreign` says that a user's function holds it and may write to it."""
@@ -65,7 +76,7 @@ class CacheSink:
 
     def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call) -> None:
         """Take the gradient of a value that was stored, unless another sequence has taken its place."""
-        if call.scratch.get(self) == self._sequence:
+        if call.sequences.get(self) == self._sequence and self._cache() is not None:
             self.cache.grad.add(point.name, call.past, self._sliced(gradient.detach(), point, call))
 
     def _sliced(self, value: Tensor, point: HookPoint, call: Call) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = ["Call", "ModuleCall"]
 class Call:
     """One forward of the HF model: where it stands in the sequence, and what has fired."""
 
-    __slots__ = ("batch", "device", "fired", "last_only", "n_pos", "past", "scratch", "step")
+    __slots__ = ("batch", "device", "fired", "n_pos", "past", "scratch", "sequences", "step")
 
     def __init__(self, *, batch: int, n_pos: int, past: int, device: torch.device) -> None:
         self.batch = batch
@@ -27,7 +27,9 @@ class Call:
         self.step = 0
         self.fired: dict[str, int] = {}
         self.scratch: dict[Any, Any] = {}
-        """What one step of a seam leaves for a later one."""
+        """What one step of a seam leaves for a later one; empty when the call is over."""
+        self.sequences: dict[Any, int] = {}
+        """Which sequence of each cache this call belongs to."""
 
     @property
     def is_prefill(self) -> bool:

@@ -26,7 +26,7 @@ class _Command:
 
 
 _COMMANDS = (
-    _Command("demo", "find the induction heads of a model, ablate them, and write a page", "lens_core._commands._demo"),
+    _Command("demo", "find a model's induction heads, ablate them, and write a page", "lens_core._commands._demo"),
     _Command("plugins", "list the architecture plugins and whether they serve", "lens_core._commands.plugins"),
     _Command("hooks", "list the hook points of a model", "lens_core._commands._hooks"),
     _Command("cache", "run a text and keep its activations in a file", "lens_core._commands._cache"),

@@ -34,7 +34,7 @@ class Decomposition:
     def __init__(
         self,
         cache: "ActivationCache",
-        layer: int | None,
+        layer: Any,
         *,
         mlp_input: bool = False,
         apply_ln: bool = False,
@@ -159,12 +159,12 @@ def sliced(tensor: Tensor, axis: int, given: Any) -> Tensor:
     return tensor.index_select(axis, torch.tensor([index % length for index in listed], device=tensor.device))
 
 
-def read_layer(cache: "ActivationCache", layer: int | None, *, mlp_input: bool = False) -> int:
+def read_layer(cache: "ActivationCache", layer: Any, *, mlp_input: bool = False) -> int:
     """Resolve a layer that the stream enters: None and -1 stand for `n_layers`, the final norm."""
     n_layers = cache.table.n_layers
     if layer is None or layer == -1:
         layer = n_layers
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= n_layers:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= n_layers:
         raise ArgumentError(
             f"layer is 0 to {n_layers}, where {n_layers}, -1 and None are the final norm; got {layer!r}"
         )

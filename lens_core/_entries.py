@@ -1,5 +1,6 @@
 """Mappings from hook points to tensors, which may come in pieces: one for each call that continues a sequence."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -52,7 +53,9 @@ class Entries(Mapping[str, Tensor]):
         found = [self._joined(name) for name in names if name in self._names()]
         if not found:
             raise NotCachedError(self._absence(key))
-        return found[0] if len(names) == 1 else torch.stack([value.to(found[0].device) for value in found])
+        if names == (key,) or self.table[names[0]].layer is None or _names_a_layer(key):
+            return found[0]
+        return torch.stack([value.to(found[0].device) for value in found])
 
     def resolve(self, key: Any) -> tuple[str, ...]:
         """Give the canonical names that a name, alias or short form stands for, held or not."""
@@ -105,30 +108,26 @@ class Entries(Mapping[str, Tensor]):
         return torch.cat(list(pieces), dim=axis)
 
 
+def _names_a_layer(key: Any) -> bool:
+    """Tell `("q", 3)`, `"q3"`, `"scale3ln1"` and full names from `"q"` and `"ln1.hook_scale"`, which mean all layers."""
+    if isinstance(key, tuple):
+        return cast("tuple[Any, ...]", key)[1] is not None
+    return key.startswith("blocks.") or re.search(r"\d([a-z]\w*)?$", key) is not None
+
+
 class Gradients(Entries):
     """Gradients of a cache's entries, under the same names; zeros where nothing flowed.
 
     As with torch's `.grad`, what several backward passes bring adds up, until `clear`.
     """
 
-    def __init__(self, owner: Entries, tensors: Mapping[str, Tensor]) -> None:
-        self._owner = owner
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, table: HookTable, has_batch_dim: bool, is_from_file: bool
+    ) -> None:
+        self.table = table
+        self.has_batch_dim = has_batch_dim
+        self.is_from_file = is_from_file
         self._pieces: dict[str, dict[int, Tensor]] = {name: {0: value} for name, value in tensors.items()}
-
-    @property
-    def table(self) -> HookTable:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The cache's."""
-        return self._owner.table
-
-    @property
-    def has_batch_dim(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The cache's."""
-        return self._owner.has_batch_dim
-
-    @property
-    def is_from_file(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The cache's."""
-        return self._owner.is_from_file
 
     def _names(self) -> Mapping[str, Any]:
         return self._pieces

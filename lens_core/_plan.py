@@ -203,8 +203,9 @@ class Run:
             for handle in handles:
                 handle.remove()
             self.handlers.clear()
-            self.watches.clear()  # they know the run: no cycle is left for the garbage collector, nor the tensors in it
-            self.call = None
+            self.leave_call()
+            self.watches.clear()  # they know the run: no cycle is left, nor the tensors in it
+            self.residual = None
 
     def _compilable(self, steps: Iterable[ModuleStep | SlotStep]) -> Iterator[nn.Module]:
         """The modules that somebody may have compiled: the model, its base, the blocks, and those with taps."""
@@ -264,9 +265,16 @@ class Run:
 
             warn_of_cost(self, call)
 
+    def leave_call(self) -> None:
+        """Forget the call in progress and what it holds: backward hooks live on, and know it."""
+        if self.call is not None:
+            self.call.scratch.clear()
+        self.call = None
+
     def end_call(self) -> None:
         """Check that each place asked for was reached exactly once in the call that ends."""
-        call, self.call = self.now, None
+        call = self.now
+        self.leave_call()
         for watch in self.watches:
             count = call.fired.get(watch.name, 0)
             if count != 1 and not watch.name.startswith("hf."):

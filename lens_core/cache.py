@@ -61,7 +61,7 @@ class ActivationCache(Entries):
         self.table = table
         self.model = model
         self.has_batch_dim = has_batch_dim
-        self.grad: Gradients = Gradients(self, gradients or {})
+        self.grad = Gradients(gradients or {}, table=table, has_batch_dim=has_batch_dim, is_from_file=model is None)
         self.metadata: Mapping[str, str] = dict(metadata or {})
 
     # ------------------------------------------------------------------ a mapping
@@ -160,7 +160,7 @@ class ActivationCache(Entries):
                 return piece[0] if piece.shape[:1] == (1,) else piece
 
             self.grad.change(drop)
-            self.has_batch_dim = False
+            self.has_batch_dim = self.grad.has_batch_dim = False
         return self
 
     @checks_arguments

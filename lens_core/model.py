@@ -183,7 +183,7 @@ class LensModel(Hooked, Texts):
                 return stopped.residual
             finally:
                 if run is not None:
-                    run.call = None
+                    run.leave_call()
         return self._result(output.logits, inputs, return_type, loss_per_token=loss_per_token)
 
     def _result(self, logits: Tensor, inputs: Inputs, return_type: ReturnType, *, loss_per_token: bool) -> Any:

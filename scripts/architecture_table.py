@@ -37,7 +37,7 @@ def _row(record: PluginRecord, architecture: Architecture) -> str:
         ", ".join(f"`{name}`" for name in architecture.model_types),
         f"`{record.distribution}`",
         f"`{architecture.transformers}`",
-        "; ".join(_lacks(architecture)) or "nothing",
+        "<br>".join(_lacks(architecture)) or "nothing",
     )
     return f"| {' | '.join(cells)} |"
 

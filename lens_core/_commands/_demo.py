@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _HEADS = 6  # in each table
+_TOKENS = 120  # of the text; the page has all
 _STEPS = 6
 
 
@@ -76,12 +77,15 @@ def _print_text(out: Console, result: DemoResult, notes: "Iterable[str]") -> Non
     again = set(result.repeated)
     words = [
         Text(view.visible(word).removeprefix("·"), style="bold cyan" if at in again else "")
-        for at, word in enumerate(result.tokens)
+        for at, word in enumerate(result.tokens[:_TOKENS])
     ]
+    if len(words) < len(result.tokens):
+        words.append(Text(f"and {len(result.tokens) - len(words)} more", style="dim"))
     out.print()
     out.print(Text(" ").join(words))
     count = f"{len(again)} of {len(result.tokens)} tokens repeat what came before"
-    out.print(Text(f"{count} (in colour)." if again else f"{count}: the text gives nothing to copy.", style="dim"))
+    remark = ": the text gives nothing to copy" if not again else " (in colour)" if out.is_terminal else ""
+    out.print(Text(f"{count}{remark}.", style="dim"))
     table = _table("after", "what follows", "its guesses")
     for prediction in result.predictions:
         after = prediction.position + 1

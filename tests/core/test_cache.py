@@ -60,6 +60,27 @@ def test_a_short_form_without_a_layer_stacks_the_layers(model):
     assert torch.equal(some["z"], torch.stack([cache["z", 0], cache["z", 2]]))
 
 
+def test_a_stack_over_one_layer_is_a_stack():
+    """In a model of one layer a short form has a layer axis as anywhere; names with a layer have none."""
+    model = lens.load(tiny_gpt2(n_layer=1))
+    cache = run(model)
+    assert cache["z"].shape == (1, 2, 5, 3, 7)
+    assert cache["ln1.hook_scale"].shape == cache["scale", None, "ln1"].shape == (1, 2, 5, 1)
+    for key in (
+        ("z", 0),
+        ("z", -1),
+        "z0",
+        "scale0ln1",
+        ("scale", 0, "ln2"),
+        "blocks.0.attn.hook_z",
+        "blocks.0.hook_in",
+    ):
+        assert cache[key].shape[:2] == (2, 5), key
+    assert cache["scale"] is cache["ln_final.hook_scale"]
+    assert cache["embed"] is cache["hook_embed"]
+    assert torch.equal(cache.accumulated_resid(), torch.stack([cache["resid_pre", 0], cache["resid_post", 0]]))
+
+
 def test_asking_whether_a_name_is_there_stacks_nothing(model, monkeypatch):
     """`in` reads no tensor."""
     cache = run(model)

@@ -101,10 +101,8 @@ def test_each_name_fires_once_per_generation_step(subject, attn, how):
     assert record.counts() == dict.fromkeys(one.names(), 4)
     for name in one.names():
         calls = [call for call in record.calls if call[0] == name]
-        # HF's generation asks for the last position's logits only: a prompt's other rows are never unembedded.
-        prompt = [3] if name.startswith("unembed") or name == "hook_logits" else [0, 1, 2, 3]
-        assert [call[2] for call in calls] == [prompt, [4], [5], [6]], name
-        assert [call[1][2 if name.endswith(("scores", "pattern")) else 1] for call in calls] == [len(prompt), 1, 1, 1]
+        assert [call[2] for call in calls] == [[0, 1, 2, 3], [4], [5], [6]], name
+        assert [call[1][2 if name.endswith(("scores", "pattern")) else 1] for call in calls] == [4, 1, 1, 1], name
         assert [call[3] for call in calls] == [0, 1, 2, 3], name
         assert [call[4] for call in calls] == [True, False, False, False], name
 

@@ -141,6 +141,19 @@ def test_several_edits_compose(subject, attn):
     check(one, tokens, list(edits.items()), edits)
 
 
+@pytest.mark.parametrize("head", [0, 2])
+def test_an_edited_head_no_longer_hears_the_shared_norm(subject, attn, head):
+    """Law 3: `ln1` edits reach the heads whose input nobody edited, and `attn_in` edits start q, k and v inputs."""
+    one, tokens = subject(dtype=torch.float64, attn=attn), random_tokens()
+    for norm in ("ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out"):
+        for own in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"):
+            edits = {f"blocks.1.{norm}": bend, f"blocks.1.{own}": only_head(bend, head)}
+            check(one, tokens, list(edits.items()), edits)
+    edits = {"blocks.1.hook_attn_in": only_head(bend, head), "blocks.1.hook_k_input": only_head(bend, 2 - head)}
+    edits |= {"blocks.1.hook_q_input": only_head(bend, head), "blocks.1.attn.hook_v": only_head(bend, 1)}
+    check(one, tokens, list(edits.items()), edits)
+
+
 def test_middle_of_the_residual_stream_reaches_both_branches(subject, attn):
     """Law 3: hook_resid_mid reaches ln2 and the residual sum; a small number survives beside bfloat16's rounding."""
     one, tokens = subject(dtype=torch.bfloat16, attn=attn), random_tokens()

@@ -356,7 +356,9 @@ def test_bars_print_values_and_unit():
 def test_a_grid_shows_a_cell_for_each_row_and_column():
     """A cell says where it is and what it holds; too great a value is as deep as can be, a missing one is empty."""
     source = view.grid(["layer 0", "layer 1"], [" a", "b"], [[1.0, 2.0], [8.0, None]], unit="norm", full=4.0).html
-    cells = [attributes for attributes in Document(source).attributes if "lens-cell" in attributes.get("class", "")]
+    cells = [
+        attributes for attributes in Document(source).attributes if attributes.get("class", "").startswith("lens-cell ")
+    ]
     assert [(cell["class"].split()[1], cell["style"]) for cell in cells] == [
         ("seq", "--v:0.250"),
         ("seq", "--v:0.500"),

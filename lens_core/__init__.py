@@ -26,6 +26,7 @@ from lens_core.errors import (
     LensWarning,
     LoadError,
     ModelNotFoundError,
+    NotCachedError,
     PaddingError,
     PluginError,
     PluginLoadError,
@@ -42,6 +43,7 @@ from lens_core.errors import (
 
 if TYPE_CHECKING:
     from lens_core import edits, view
+    from lens_core._watch import Hook
     from lens_core.cache import ActivationCache
     from lens_core.hook_points import HookPoint
     from lens_core.model import LensModel, load
@@ -59,6 +61,7 @@ __all__ = [
     "CostWarning",
     "EmptyFilterError",
     "EmptyInputError",
+    "Hook",
     "HookDidNotFireError",
     "HookError",
     "HookFunctionError",
@@ -71,6 +74,7 @@ __all__ = [
     "LensWarning",
     "LoadError",
     "ModelNotFoundError",
+    "NotCachedError",
     "PaddingError",
     "PluginError",
     "PluginLoadError",
@@ -91,6 +95,7 @@ __all__ = [
 
 _LAZY = {  # name -> the module that defines it, or that it is
     "ActivationCache": "lens_core.cache",
+    "Hook": "lens_core._watch",
     "HookPoint": "lens_core.hook_points",
     "LensModel": "lens_core.model",
     "edits": "lens_core.edits",

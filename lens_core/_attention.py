@@ -30,14 +30,14 @@ from lens_core.errors import UnsupportedHookError
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["AttentionSeam"]
+__all__ = ["Attention"]
 
 SOFTMAXES = (nn.functional.softmax, torch.softmax, Tensor.softmax)
 DROPOUTS = (nn.functional.dropout, torch.dropout)
 
 
 @attrs.frozen(kw_only=True)
-class AttentionSeam:
+class Attention:
     """The scores or the pattern of one attention module."""
 
     path: str

@@ -1,5 +1,6 @@
 """Where a call begins and ends: counting, starting and stopping at a layer, and the price of what was asked for."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lens_core._plan import Run
 
 __all__ = ["boundary_steps", "warn_of_cost"]
+
+INNER_PACKAGES = ("lens_core", "torch", "transformers", "contextlib")
 
 
 def boundary_steps(run: "Run") -> Iterator[ModuleStep | SlotStep]:
@@ -91,5 +94,13 @@ def warn_of_cost(run: "Run", call: Call) -> None:
             f"a filter asked for {len(starred)} hook points that are not cached by default, such as "
             f"{starred[0].name!r}: {total / 2**20:.1f} MiB in this call; name them one by one, or narrow the filter",
             CostWarning,
-            stacklevel=2,
+            stacklevel=_frames_to_the_user(),
         )
+
+
+def _frames_to_the_user() -> int:
+    """Count the frames between a warning's caller and the code that is neither ours, torch's nor HF's."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in INNER_PACKAGES:
+        frame, level = frame.f_back, level + 1
+    return level

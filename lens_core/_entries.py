@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from lens_core._cache_sink import position_axis
-from lens_core.errors import ArgumentError, CacheError, HookError, UnknownHookError
+from lens_core.errors import ArgumentError, CacheError, HookError, NotCachedError, UnknownHookError
 from lens_core.hook_points import HookTable
 
-__all__ = ["Entries", "Gradients", "NotCachedError"]
-
-
-class NotCachedError(CacheError, KeyError):
-    """A hook point that exists is not in this cache."""
-
-    __str__ = Exception.__str__
+__all__ = ["Entries", "Gradients"]
 
 
 class Entries(Mapping[str, Tensor]):
@@ -109,7 +103,7 @@ class Entries(Mapping[str, Tensor]):
 
 
 def _names_a_layer(key: Any) -> bool:
-    """Tell `("q", 3)`, `"q3"`, `"scale3ln1"` and full names from `"q"` and `"ln1.hook_scale"`, which mean all layers."""
+    """Tell `("q", 3)`, `"q3"`, `"scale3ln1"` and full names from `"q"` and `"ln1.hook_scale"`, all layers."""
     if isinstance(key, tuple):
         return cast("tuple[Any, ...]", key)[1] is not None
     return key.startswith("blocks.") or re.search(r"\d([a-z]\w*)?$", key) is not None

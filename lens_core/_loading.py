@@ -153,8 +153,8 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
         )
 
 
-def _fields(config: Any) -> set[str]:
-    return set(vars(config))
+def _fields(config: object) -> set[str]:
+    return {*vars(config)}
 
 
 def check_tree(hf_model: Any, declaration: Declaration) -> None:

@@ -300,12 +300,13 @@ def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[tuple[str, str], li
     return sites
 
 
-def _is_checkpointed(hf_model: nn.Module, paths: frozenset[str]) -> bool:
+def _is_checkpointed(hf_model: Any, paths: frozenset[str]) -> bool:
     """Whether HF will run any of these modules again in the backward pass."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     hooks_inside = "__call__" in vars(GradientCheckpointingLayer)  # older releases checkpoint a layer's hooks too
-    for name, layer in hf_model.named_modules():
+    modules: list[tuple[str, Any]] = list(hf_model.named_modules())
+    for name, layer in modules:
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
             inside = any(path.startswith(f"{name}.") for path in paths)
             if inside or (hooks_inside and name in paths):

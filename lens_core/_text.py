@@ -8,11 +8,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_core import tokens as _tokens
+from lens_core._hooking import Hooked
 
 __all__ = ["Texts"]
 
 
-class Texts:
+class Texts(Hooked):
     """What a model can do about text. Every method but the last two needs a tokenizer.
 
     Attributes:
@@ -20,7 +21,6 @@ class Texts:
     """
 
     tokenizer: Any
-    input_device: torch.device
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """Give one weight in TransformerLens' layout."""

@@ -11,15 +11,15 @@ from lens_core import _cache_file, _components, _logit_attrs, _residual
 from lens_core._arguments import checks_arguments
 from lens_core._cache_sink import CacheSink, moved
 from lens_core._decomposition import sliced
-from lens_core._entries import Entries, Gradients, NotCachedError
+from lens_core._entries import Entries, Gradients
 from lens_core._positions import read_positions
-from lens_core.errors import ArgumentError, CacheError
+from lens_core.errors import ArgumentError, CacheError, NotCachedError
 from lens_core.hook_points import HookTable
 
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-__all__ = ["ActivationCache", "CacheSink", "Gradients", "NotCachedError"]
+__all__ = ["ActivationCache", "CacheSink", "Gradients"]
 
 
 class ActivationCache(Entries):

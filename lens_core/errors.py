@@ -25,6 +25,7 @@ LensError
     TokenizerError            text without a tokenizer, or a token that is not one
   ArgumentError               an argument of the wrong kind or value (also a TypeError)
   CacheError                  activation caches
+    NotCachedError            a hook point that exists is not in this cache (also a KeyError)
     CacheFileError            not a cache file of ours, truncated, or unsafe
   WeightError                 a weight view that this model cannot give
 LensWarning
@@ -53,6 +54,7 @@ __all__ = [
     "LensWarning",
     "LoadError",
     "ModelNotFoundError",
+    "NotCachedError",
     "PaddingError",
     "PluginError",
     "PluginLoadError",
@@ -168,6 +170,12 @@ class ArgumentError(LensError, TypeError):
 
 class CacheError(LensError):
     """An activation cache cannot do what was asked."""
+
+
+class NotCachedError(CacheError, KeyError):
+    """A hook point that exists is not in this cache."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
 
 
 class CacheFileError(CacheError):

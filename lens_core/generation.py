@@ -75,7 +75,8 @@ def generate(
         padding_side: For a list of texts; generation continues on the right, so padding belongs on the left.
         attention_mask: For token ids with padding.
         return_type: `"input"` gives what `input` was, text or ids; `"str"` text; `"tokens"` ids, prompt included.
-        return_cache: Give `(result, cache)`; the cache holds all positions, the prompt's and the new ones.
+        return_cache: Give `(result, cache)`; the cache holds the prompt's positions and the new ones, but for the last
+            token, which no forward has seen.
         names_filter: What to cache; None for the default names.
         device: Where to keep the cache.
         dtype: Kept dtype of floating activations.
@@ -239,7 +240,8 @@ def _pad_id(model: "LensModel") -> int:
 
 
 def _is_conversation(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and isinstance(cast("list[Any]", given)[0], dict)
+    rows: list[Any] = cast("list[Any]", given) if isinstance(given, list) else []
+    return bool(rows) and isinstance(rows[0], dict)
 
 
 def _as_text(model: "LensModel", tokens: Tensor, *, is_batch: bool) -> str | list[str]:

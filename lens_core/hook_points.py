@@ -67,11 +67,10 @@ class HookPoint:
 
     dtype: str = "model"
     """`model`, the model's own, or the name of the dtype that stands there whatever the model's is."""
-    position_axis: int | None = attrs.field(init=False)
-    """Which axis is this call's positions: `pos`, or `query` in scores and patterns."""
 
-    @position_axis.default
-    def _find_position_axis(self) -> int | None:
+    @property
+    def position_axis(self) -> int | None:
+        """Which axis is this call's positions: `pos`, or `query` in scores and patterns."""
         axis = axis_index(self.shape, name="pos")
         return axis_index(self.shape, name="query") if axis is None else axis
 
@@ -236,7 +235,8 @@ class HookTable(Mapping[str, HookPoint]):
                     f"layer {layer} of {name!r} does not exist: this model's layers are 0 to {self.n_layers - 1}"
                 )
             layer %= self.n_layers
-        short = SHORT_NAMES.get(name, name)
+        short = name.removeprefix("hook_")
+        short = SHORT_NAMES.get(short, short)
         kind = PART_NAMES.get(kind, kind) if kind else kind
         parts = [
             part

@@ -11,7 +11,6 @@ from torch import Tensor
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
 from lens_core._declaration import LensConfig
-from lens_core._hooking import Hooked
 from lens_core._inputs import Inputs, read_input, token_loss
 from lens_core._loading import Loaded, load_hf
 from lens_core._plan import StopForward
@@ -82,7 +81,7 @@ def load(
     return LensModel(loaded, found)
 
 
-class LensModel(Hooked, Texts):
+class LensModel(Texts):
     """An HF language model whose activations have names.
 
     Make one by `load`. The HF model is `hf_model`; it is never wrapped or changed, and outside of hooked runs nothing
@@ -249,7 +248,7 @@ class LensModel(Hooked, Texts):
             incl_bwd: Call `backward()` on the output, which must be a scalar (`return_type="loss"`), and keep the
                 gradients in `cache.grad`.
             pos_slice: Positions to keep; the axis stays.
-            reset_hooks_end: False keeps added hooks (they are kept in any case: the cache's own taps are gone).
+            reset_hooks_end: TransformerLens' name; the cache's own taps always go, and added hooks always stay.
             clear_contexts: Whether every `ctx` is emptied at the end.
             return_cache_object: False gives a dictionary instead.
             **kwargs: As in `forward`.

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lens_core._attention import AttentionSeam as Attention
+from lens_core._attention import Attention
 from lens_core._call import ModuleCall
 from lens_core._graph import with_gradient_of
 from lens_core._heads import HeadInput, HeadResult

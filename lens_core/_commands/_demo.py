@@ -18,7 +18,7 @@ from lens_core._commands._terminal import console, progress
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_HEADS = 6  # in each table
+_HEADS = 8  # in each table
 _TOKENS = 120  # of the text; the page has all
 _STEPS = 6
 

@@ -125,6 +125,9 @@ def test_losses_and_guesses_are_the_models_own(toy, result):
     for at in range(1, tokens.shape[1]):
         assert result.losses[at] == pytest.approx(-logs[at - 1, tokens[0, at]].item(), abs=1e-5)
     assert result.losses[0] is None
+    positions = [prediction.position for prediction in result.predictions]
+    assert positions[-1] == tokens.shape[1] - 1
+    assert sum(at + 1 in result.repeated for at in positions) == 3
     for prediction in result.predictions:
         best = logs[prediction.position].exp().max()
         assert prediction.top[0][1] == pytest.approx(best.item(), abs=1e-5)

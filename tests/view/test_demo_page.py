@@ -80,7 +80,7 @@ def test_the_page_tells_the_story_in_order():
     story = [
         "Inside toy:<gpt2>",
         "GPT-2, 2 layers of 2 heads, width 64 · 9 tokens · 61 activations, 0.2 MiB cached",
-        "L1H1 copies what the text said before: without, the loss on repeated tokens goes from 0.06 to 2.81 nats; "
+        "L1H1 copies what the text said before: without it, the loss on repeated tokens goes from 0.06 to 2.81 nats; "
         "without L1H0, chosen to compare, it is 0.09.",
         "3 of 9 tokens repeat an earlier stretch of the text. Their mean loss is 0.06 nats, that of the others 2.95",
         "What the model expects next",

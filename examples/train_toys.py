@@ -58,10 +58,10 @@ README = """\
 
 A GPT-2 of two layers, {heads} heads each and width {width}. Its {vocab} tokens are short English words, some
 punctuation, and `{bos}`, which its tokenizer puts first. It was trained on random words of which earlier stretches
-come again, so it knows one trick, induction: what followed this word the last time comes next.
+come again, and knows induction (what followed this word the last time comes next) and which words share a theme.
 
-Made by `examples/train_toys.py --seed {seed} --steps {steps}` in {cpu:.0f} minutes of one CPU thread ({wall:.0f} by the
-clock), with torch {torch} and transformers {transformers}. The same seed gives the same weights, bit for bit, on the
+Made by `examples/train_toys.py --seed {seed} --steps {steps}` in {cpu:.0f} minutes of one CPU thread, with
+torch {torch} and transformers {transformers}. The same seed gives the same weights, bit for bit, on the
 same machine and versions; elsewhere expect other weights and like figures.
 
 {figures}
@@ -233,16 +233,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    wall, cpu = time.perf_counter(), time.process_time()
+    start = time.process_time()
     train(model, args.seed, args.steps)
-    wall, cpu = (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
-
-    figures = measure(model.eval(), tokenizer)
+    made = {"cpu": (time.process_time() - start) / 60, "figures": measure(model.eval(), tokenizer), **vars(args)}
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    made = {"seed": args.seed, "steps": args.steps, "wall": wall, "cpu": cpu, "vocab": len(tokenizer), **versions}
-    readme = README.format(**made, heads=HEADS, width=WIDTH, bos=BOS, figures=figures)
+    size = {"heads": HEADS, "width": WIDTH, "vocab": len(tokenizer), "bos": BOS}
+    readme = README.format(**made, **size, torch=torch.__version__, transformers=transformers.__version__)
     (args.out / "README.md").write_text(readme, encoding="utf-8")
     print(readme)
 

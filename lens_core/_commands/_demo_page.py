@@ -169,8 +169,8 @@ def _summary(result: DemoResult) -> list[view.Picture | str]:
     heads = _listed([head_label(*head) for head in result.induction_heads])
     is_one = len(result.induction_heads) == 1
     story = (
-        f"{heads} {'copies' if is_one else 'copy'} what the text said before: without {'it' if is_one else 'them'}, the "
-        f"loss on repeated tokens goes from {run.clean:.2f} to {run.induction:.2f} nats"
+        f"{heads} {'copies' if is_one else 'copy'} what the text said before: without {'it' if is_one else 'them'}, "
+        f"the loss on repeated tokens goes from {run.clean:.2f} to {run.induction:.2f} nats"
     )
     if run.control is not None:
         control = _listed([head_label(*head) for head in result.control_heads])

@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,12 +144,12 @@ def _norms(
         return []
     values = list(norms.values())
     length = len(values[0])
-    after_first = [float(value[1:].max()) for value in values if length > 1]
+    largest = max((float(value[1:].max()) for value in values if length > 1), default=0.0)
+    full = largest if 0 < largest < math.inf else None
     return [
         view.heading(title),
-        "One row for each place, one column for each token. The colours are scaled to all tokens but the first, whose "
-        "norm is often far larger.",
-        view.grid(list(norms), _labels(words, length), values, unit="norm", full=max(after_first, default=0.0) or None),
+        "The colours are scaled to all tokens but the first, whose norm is often far larger.",
+        view.grid(list(norms), _labels(words, length), values, unit="norm", full=full),
     ]
 
 
@@ -170,25 +171,27 @@ def _labels(words: Sequence[str] | None, length: int) -> Sequence[str]:
 def _patterns(
     cache: "ActivationCache", names: Sequence[str], words: Sequence[str] | None, row: int
 ) -> list[view.Picture | str]:
-    patterns: dict[str, Any] = {}
-    left, cells = 0, 0
-    for name in names:
-        if not name.endswith("hook_pattern"):
-            continue
-        heads = _row(cache, name, row)
-        if heads.shape[-1] != heads.shape[-2] or (patterns and cells + heads.numel() > _PICTURED):
-            left += 1  # some positions only, or no room
-            continue
-        cells += heads.numel()
-        patterns |= {f"L{cache.table[name].layer}H{head}": each for head, each in enumerate(heads.float())}
-    if not patterns and not left:
+    every = {name: _row(cache, name, row) for name in names if name.endswith("hook_pattern")}
+    if not every:
         return []
-    note = f" {left} layers are left out; name them by --names." if left else ""
-    story = f"Each square is one head: row by row, how a token spreads its attention over the tokens before it.{note}"
-    if not patterns:
-        return [view.heading("Attention patterns"), story]
-    length = len(next(iter(patterns.values())))
-    return [view.heading("Attention patterns"), story, view.attention(_labels(words, length), patterns)]
+    whole = {name: heads for name, heads in every.items() if heads.shape[-1] == heads.shape[-2]}
+    shown: dict[str, Any] = {}
+    for name, heads in whole.items():
+        if shown and heads[0].numel() * (len(shown) + len(heads)) > _PICTURED:
+            break
+        shown |= {f"L{cache.table[name].layer}H{head}": each for head, each in enumerate(heads.float())}
+    story = "Each square is one head: row by row, how a token spreads its attention over the tokens before it."
+    if len(whole) < len(every):
+        story += (
+            f" Not drawn, as they hold some of the positions only: {len(every) - len(whole)} of {len(every)} patterns."
+        )
+    drawn = len({label.partition("H")[0] for label in shown})
+    if drawn < len(whole):
+        story += f" Drawn are {drawn} of {len(whole)} layers; choose others by --names."
+    parts: list[view.Picture | str] = [view.heading("Attention patterns"), story]
+    if shown:
+        parts.append(view.attention(_labels(words, len(next(iter(shown.values())))), shown))
+    return parts
 
 
 def _entries(cache: "ActivationCache", names: Sequence[str]) -> view.Picture:

@@ -103,6 +103,14 @@ def test_tokens_are_text_where_the_tokenizer_is_named(run, activations, tiny):
     assert [token.strip("·") for token in data_of("words.html")["tokens"]] == TEXT.split()
 
 
+def test_a_toys_tokens_are_text_at_once(run):
+    """Its tokenizer is at hand, so nobody has to name it."""
+    run("cache", "toy:gpt2", "--text", "The cat sat", "--out", "acts.safetensors")
+    run("view", "acts.safetensors")
+    assert [token.strip("·") for token in data_of("acts.html")["tokens"][1:]] == ["the", "cat", "sat"]
+    assert "toy:gpt2 ·" in text_of("acts.html")
+
+
 def test_names_choose_the_entries(run, activations):
     """By glob or short form; the rest is left out."""
     run("view", activations, "--names", "*.2.*pattern", "--names", "z", "--out", "some.html")
@@ -146,12 +154,21 @@ def test_a_cache_without_a_batch_axis_is_shown(run, tiny):
     assert data_of("acts.html")["tokens"] == ["1", "2", "3", "4", "5"] * 2
 
 
+def test_values_that_are_not_finite_are_no_values(run, tiny):
+    """A run that went wrong is what one wants to look at."""
+    _, cache = lens.load(tiny).run_with_cache(TEXT, names_filter="resid_post")
+    cache["resid_post", 1][0, 3] = float("nan")
+    cache.save("acts.safetensors")
+    assert run("view", "acts.safetensors").code == 0
+    assert "L1 resid_post, \u20683\u2069 (3): no value" in Path("acts.html").read_text()
+
+
 def test_patterns_that_have_no_room_are_counted(run, activations, monkeypatch):
     """And can be named."""
     monkeypatch.setattr("lens_core._commands._view._PICTURED", 400)
     run("view", activations, "--out", "x.html")
     assert [head["label"] for head in data_of("x.html")["heads"]] == ["L0H0", "L0H1", "L0H2"]
-    assert "2 layers are left out; name them by --names" in text_of("x.html")
+    assert "Drawn are 1 of 3 layers; choose others by --names." in text_of("x.html")
 
 
 def test_patterns_of_some_positions_are_not_drawn(run, tiny):
@@ -159,5 +176,5 @@ def test_patterns_of_some_positions_are_not_drawn(run, tiny):
     _, cache = lens.load(tiny).run_with_cache(TEXT, names_filter=["pattern", "resid_post"], pos_slice=slice(2, 5))
     cache.save("acts.safetensors")
     assert run("view", "acts.safetensors").code == 0
-    assert "3 layers are left out" in text_of("acts.html")
+    assert "Not drawn, as they hold some of the positions only: 3 of 3 patterns." in text_of("acts.html")
     assert "Norms of the residual stream" in text_of("acts.html")

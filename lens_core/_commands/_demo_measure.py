@@ -74,6 +74,8 @@ def choose_text(model: "LensModel", text: str | None, *, seed: int) -> Text:
         whose = "the model's context" if limit == model.cfg.n_ctx else "what the demo can show"
         notes.append(f"the text has {length} tokens and was cut to the first {limit}, {whose}")
         tokens = tokens[:, :limit]
+    if _heads.repeated_tokens(tokens).any() and not _places(tokens)["induction"].any():
+        notes.append("the repeats are so close together that induction looks like attention to the token before")
     if model.tokenizer is None:
         return Text(tokens=tokens, words=[str(token) for token in id_rows(tokens)[0]], notes=notes)
     unknown = int((tokens == model.tokenizer.unk_token_id).sum()) if model.tokenizer.unk_token_id is not None else 0
@@ -150,12 +152,21 @@ def measure(model: "LensModel", text: Text, command: str, *, begin: Callable[[st
     )
 
 
-def _scores(cache: "ActivationCache", tokens: Int[Tensor, "1 pos"]) -> dict[_Head, dict[str, float]]:
-    kinds = {
-        "induction": _heads.head_scores(cache, _heads.induction_places(tokens)),
-        "previous": _heads.head_scores(cache, _heads.previous_places(tokens)),
-        "duplicate": _heads.head_scores(cache, _heads.duplicate_places(tokens)),
+def _places(tokens: Int[Tensor, "1 pos"]) -> dict[str, Tensor]:
+    """Find where heads of each kind look, but for the queries where the kinds cannot be told apart."""
+    every = {
+        "induction": _heads.induction_places(tokens),
+        "previous": _heads.previous_places(tokens),
+        "duplicate": _heads.duplicate_places(tokens),
     }
+    return {
+        kind: _heads.unmixed(places, *(others for other, others in every.items() if other != kind))
+        for kind, places in every.items()
+    }
+
+
+def _scores(cache: "ActivationCache", tokens: Int[Tensor, "1 pos"]) -> dict[_Head, dict[str, float]]:
+    kinds = {kind: _heads.head_scores(cache, places) for kind, places in _places(tokens).items()}
     return {head: {kind: found[head] for kind, found in kinds.items()} for head in kinds["induction"]}
 
 

@@ -267,7 +267,7 @@ def _patterns(result: DemoResult) -> list[view.Picture | str]:
             ),
             "A score is the mean share of a head's attention, 0 to 1, on one kind of place: the tokens that came after "
             "earlier occurrences of the current one (induction), the token just before it (previous token), those "
-            "earlier occurrences themselves (duplicate token).",
+            "earlier occurrences themselves (duplicate token). Where two of these are one place, none counts.",
         ]
     return parts
 

@@ -29,6 +29,7 @@ __all__ = [
     "induction_places",
     "previous_places",
     "repeated_tokens",
+    "unmixed",
 ]
 
 
@@ -68,6 +69,32 @@ def induction_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch po
                  [0, 1, 0]]], dtype=torch.int32)
     """
     return F.pad(duplicate_places(tokens), (1, 0))[..., :-1].tril(-1)
+
+
+@checks_arguments
+def unmixed(
+    places: Bool[Tensor, "batch query key"], *others: Bool[Tensor, "batch query key"]
+) -> Bool[Tensor, "batch query key"]:
+    """Drop the queries at which a place of this kind is also one of another kind.
+
+    In `a a` the token before the second is also its earlier occurrence; in `a b a b` the token before the last came
+    after an earlier occurrence of it. What is left tells the kinds of heads apart.
+
+    Raises:
+        ArgumentError: The places are not of one text.
+
+    Example:
+        >>> tokens = torch.tensor([[7, 8, 7, 8, 9, 7]])
+        >>> places = unmixed(induction_places(tokens), previous_places(tokens), duplicate_places(tokens))
+        >>> places.nonzero().tolist()
+        [[0, 5, 1], [0, 5, 3]]
+    """
+    mixed = torch.zeros_like(places)
+    for other in others:
+        if other.shape != places.shape:
+            raise ArgumentError(f"places {tuple(places.shape)} and {tuple(other.shape)} are not of one text")
+        mixed |= other
+    return places & ~(places & mixed).any(-1, keepdim=True)
 
 
 def repeated_tokens(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:

@@ -75,6 +75,19 @@ def test_a_head_that_does_one_thing_scores_1_for_it_and_0_for_the_others():
         assert others == {name: pytest.approx(1 / 6 if name == "previous" else 0.0) for name in others}
 
 
+def test_queries_where_kinds_mix_can_be_left_out():
+    """In runs and short cycles a previous-token head does what an induction head does; elsewhere it does not."""
+    text = torch.tensor([[1, 2, 5, 5, 5, 1, 2, 3, 2, 3, 4]])
+    kinds = heads.induction_places(text), heads.previous_places(text), heads.duplicate_places(text)
+    assert marked(heads.unmixed(*kinds)) == [(5, 1), (6, 2)]
+    previous = looking({query: query - 1 for query in range(1, 11)}, size=11)
+    assert heads.attention_share(previous, kinds[0]).item() > 0.3
+    assert heads.attention_share(previous, heads.unmixed(*kinds)).item() == 0.0
+    assert (heads.unmixed(kinds[0]) == kinds[0]).all()
+    with pytest.raises(ArgumentError, match="not of one text"):
+        heads.unmixed(kinds[0], heads.previous_places(TEXT))
+
+
 def test_only_queries_that_have_a_place_count():
     """Half of the attention at one of two queries is a quarter, however long the text."""
     pattern = looking({})

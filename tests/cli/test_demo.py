@@ -60,7 +60,7 @@ def test_ablating_the_induction_heads_costs_a_nat_and_the_control_next_to_nothin
     "text",
     [
         "The cat sat on the mat and the dog ran to the house. The cat sat on the mat and the dog ran to the house.",
-        "one two three four five six seven eight nine ten " * 2,
+        "one two three four five six seven eight nine ten " * 2,  # six to ten are unknown: a run of one token
     ],
 )
 def test_a_sentence_said_twice_shows_the_same(toy, text):
@@ -223,6 +223,13 @@ def test_a_text_longer_than_the_page_can_show_is_cut(run, tiny, monkeypatch):
     monkeypatch.setattr(_demo_measure, "LONGEST", 8)
     done = run("demo", "--model", tiny, "--text", TEXT)
     assert "was cut to the first 8, what the demo can show." in done.out
+
+
+def test_repeats_that_tell_nothing_are_noted(run, tiny):
+    """In a cycle of two, the token after the last occurrence is the token before."""
+    done = run("demo", "--model", tiny, "--text", "w1 w2 w1 w2 w1 w2")
+    assert done.code == 0
+    assert "Note: the repeats are so close together" in " ".join(done.out.split())
 
 
 def test_unknown_words_are_counted(toy):

@@ -224,8 +224,10 @@ def _fire_scores(watch: Watch, scores: Tensor, keys: int, masked: Tensor | None)
     new = watch.fire(shown, beside=True)
     if new is shown and not watch.rerouted:
         return scores
-    if hidden is not None:
-        new = torch.where(hidden & new.isneginf(), real.detach(), new)
+    # -inf is for show: HF's numbers are finite, so that a row which may see nothing is uniform and not NaN.
+    lowest = torch.finfo(real.dtype).min
+    finite = new.masked_fill(new.isneginf(), lowest)
+    new = finite if hidden is None else torch.where(hidden & new.isneginf(), real.detach(), finite)
     return new if keys == scores.shape[-1] else torch.cat([new, scores[..., keys:]], dim=-1)
 
 

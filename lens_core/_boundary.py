@@ -74,7 +74,7 @@ def _start_steps(run: "Run", layer: int) -> Iterator[ModuleStep | SlotStep]:
 
     def feed(call: ModuleCall) -> None:
         if run.residual is not None:
-            call.input = run.residual
+            call.input = run.residual.clone()  # a cache may keep it, and the user may write to theirs
 
     yield ModuleStep(path=_block_path(run, layer), when="pre", act=feed)
 
@@ -85,14 +85,15 @@ def _hand_on(original: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
 
 def warn_of_cost(run: "Run", call: Call) -> None:
     """Warn of the bytes that a filter's starred names will cost in this run."""
-    starred = [w for w in run.watches if w.sinks and not w.by_name and not w.point.default]
+    starred = [w for w in run.watches if (w.sinks or w.entries) and not w.by_name and not w.point.default]
     sizes = {**run.sizes, "batch": call.batch, "pos": call.n_pos, "query": call.n_pos, "key": call.total}
     itemsize = run.hf_model.dtype.itemsize
     total = sum(element_count(w.point.shape, sizes) for w in starred) * itemsize
     if starred:
         warnings.warn(
             f"a filter asked for {len(starred)} hook points that are not cached by default, such as "
-            f"{starred[0].name!r}: {total / 2**20:.1f} MiB in this call; name them one by one, or narrow the filter",
+            f"{starred[0].name!r}: {total} bytes ({total / 2**20:.1f} MiB) in this call; "
+            "name them one by one, or narrow the filter",
             CostWarning,
             stacklevel=_frames_to_the_user(),
         )

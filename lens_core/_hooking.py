@@ -1,6 +1,6 @@
 """Hooks on one model: adding, scoping and removing them, and the runs that serve them."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Self, cast
 
@@ -52,9 +52,9 @@ class Hooked:
         return [self._table[name] for name in self._table]
 
     @property
-    def hook_dict(self) -> "dict[str, BoundHookPoint]":
-        """The hook points by canonical name, each with `add_hook`, `remove_hooks`, `has_hooks` and `ctx`."""
-        return {name: BoundHookPoint(self, self._table[name]) for name in self._table}
+    def hook_dict(self) -> "HookDict":
+        """The hook points by name, each with `add_hook`, `remove_hooks`, `has_hooks` and `ctx`."""
+        return HookDict(self)
 
     def _hf_point(self, name: str) -> HookPoint | None:
         path, _, side = name.removeprefix("hf.").rpartition(".")
@@ -149,6 +149,8 @@ class Hooked:
                 f"a hook is (name or filter, function) or (name or filter, function, positions); got {given!r}"
             )
         name, fn, *positions = cast("tuple[Any, ...]", given)
+        if name is None:
+            raise ArgumentError("a hook needs a name or a filter; None stands for the default names in caches only")
         selection = self._table.select(name)
         return HookEntry(
             names=selection.names,
@@ -266,6 +268,29 @@ class Hooked:
             residual=residual,
             parent=parent,
         ).installed()
+
+
+class HookDict(Mapping[str, "BoundHookPoint"]):
+    """A model's hook points by canonical name; aliases and short forms are found too."""
+
+    def __init__(self, model: Hooked) -> None:
+        self._model = model
+
+    def __getitem__(self, name: Any) -> "BoundHookPoint":
+        """Give one hook point.
+
+        Raises:
+            UnknownHookError: No such name.
+        """
+        return BoundHookPoint(self._model, self._model.table[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over canonical names, in the order of computation."""
+        return iter(self._model.table)
+
+    def __len__(self) -> int:
+        """Count the hook points."""
+        return len(self._model.table)
 
 
 def _is_hook(given: Sequence[Any]) -> bool:

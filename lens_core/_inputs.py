@@ -135,8 +135,8 @@ def _read_mask(
     if not isinstance(mask, Tensor):
         raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(mask).__name__}")
     mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.input_device)
-    if bool(mask.all()):
-        return None, position_ids
+    if bool(mask.all()) and position_ids is None:  # without a mask HF may read given ids as packed sequences
+        return None, None
     if position_ids is None and model.declaration.has_absolute_positions:
         position_ids = _tokens.position_ids(mask)[:, -n_pos:]
     return mask, position_ids

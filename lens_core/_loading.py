@@ -184,7 +184,10 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
         raise ArgumentError("give device or device_map, not both")
     passed = {name: value for name, value in options.items() if value is not None}
     if device is not None:
-        passed["device_map"] = {"": torch.device(device)}
+        try:
+            passed["device_map"] = {"": torch.device(device)}
+        except (RuntimeError, TypeError) as error:
+            raise ArgumentError(f"no such device: {device!r} ({_first_line(error)})") from error
     try:
         auto: Any = AutoModelForCausalLM
         hf_model, info = auto.from_pretrained(

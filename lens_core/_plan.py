@@ -118,6 +118,10 @@ class Run:
             found = self._modules[path] = self.hf_model.get_submodule(path)
         return found
 
+    def keeps(self, *names: str) -> bool:
+        """Whether a cache of this run keeps any of these hook points."""
+        return any(name in sink.names for sink in self.sinks for name in names)
+
     def lineage(self) -> "Iterator[Run]":
         """This run, then those of the enclosing contexts, which count what happens inside as theirs."""
         run: Run | None = self
@@ -147,7 +151,7 @@ class Run:
 
     def _requests(self) -> Iterator[tuple[Sequence[str], bool, Callable[[Watch, bool], None]]]:
         for entry in self.added:  # they outlast this run, so a run that stops short of them is no mistake
-            yield entry.names, False, lambda watch, exact, e=entry: watch.add_entry(e, by_name=exact)
+            yield entry.names, False, lambda watch, _, e=entry: watch.add_entry(e, by_name=e.exact)
         for entry in self.scoped:
             yield entry.names, entry.exact, lambda watch, exact, e=entry: watch.add_entry(e, by_name=exact)
         for sink in self.sinks:

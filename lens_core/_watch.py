@@ -134,12 +134,13 @@ class Watch:
         """Whether a value that is computed beside the model must be computed with gradients."""
         return torch.is_grad_enabled() and (bool(self.entries) or self.keeps_graph)
 
-    def fire(self, value: Tensor, *, beside: bool = False) -> Tensor:
+    def fire(self, value: Tensor, *, beside: bool = False, is_written_in_place: bool = False) -> Tensor:
         """Pass a value through the hooks and into the caches; `edited` and `rerouted` tell what became of it.
 
         What is returned goes downstream. With nothing changed and nothing kept on the graph it is `value` itself.
         `beside` says that the value was computed beside the model, which needs `edited` to compare bits: an identity
-        edit then leaves the model's own computation in place.
+        edit then leaves the model's own computation in place. `is_written_in_place` says that what changes is written
+        into the tensor itself, which must then not be given another name in the graph.
         """
         call = self.run.now
         call.fired[self.name] = call.fired.get(self.name, 0) + 1
@@ -148,7 +149,7 @@ class Watch:
         for entry in self.entries:
             value = self._apply(entry, value, call, beside=beside)
         if self.keeps_graph and torch.is_grad_enabled() and value.is_floating_point():
-            value = self._on_graph(value, call)
+            value = self._on_graph(value if is_written_in_place else value.view_as(value), call)
         for sink in self.sinks:
             sink.store(self.point, value, call, is_foreign=value is not original)
         return value
@@ -223,7 +224,11 @@ class Watch:
         return new.to(shown.dtype)
 
     def _on_graph(self, value: Tensor, call: Call) -> Tensor:
-        """Make sure that gradients reach the value, and hook them."""
+        """Make sure that gradients reach the value, and hook them.
+
+        The value is a tensor of its own in the graph: a block's output and the next one's input are one tensor in HF,
+        and two places here.
+        """
         if not value.requires_grad:  # frozen parameters: the graph starts here
             value = value.detach().requires_grad_()
         self.rerouted = True

@@ -275,7 +275,7 @@ class ActivationCache(Entries):
         self._pieces.clear()
         self._derived.clear()
         self.grad.clear()
-        self.has_batch_dim = True
+        self.has_batch_dim = self.grad.has_batch_dim = True
 
     def append(self, name: str, value: Tensor) -> None:
         """Take the value of one call."""

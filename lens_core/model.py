@@ -179,11 +179,17 @@ class LensModel(Texts):
                     **inputs.for_hf(), past_key_values=past_key_values, use_cache=wants_cache and start is None
                 )
             except StopForward as stopped:
-                return stopped.residual
+                return stopped.residual if run is None or not run.sinks else stopped.residual.clone()
             finally:
                 if run is not None:
                     run.leave_call()
-        return self._result(output.logits, inputs, return_type, loss_per_token=loss_per_token)
+            # What the caller may write to is not what a cache keeps.
+            logits = (
+                output.logits.clone()
+                if run is not None and run.keeps("hook_logits", "unembed.hook_out")
+                else output.logits
+            )
+        return self._result(logits, inputs, return_type, loss_per_token=loss_per_token)
 
     def _result(self, logits: Tensor, inputs: Inputs, return_type: ReturnType, *, loss_per_token: bool) -> Any:
         if return_type is None:

@@ -86,7 +86,7 @@ class ModuleInput:
         tensor = call.input
         source = tensor.view_as(tensor) if self.is_copy and torch.is_grad_enabled() else tensor
         shown = self.view.read(source, call.run)
-        value = watch.fire(shown)
+        value = watch.fire(shown, is_written_in_place=self.reaches == "all")
         if self.reaches == "all":
             if value is not shown:
                 tensor.copy_(self.view.write(tensor, value))

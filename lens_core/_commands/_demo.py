@@ -106,9 +106,11 @@ def _print_heads(out: Console, result: DemoResult) -> None:
     for score in ranked:
         shares = [f"{share:.2f}" for share in (score.induction, score.previous, score.duplicate)]
         table.add_row(score.label, *shares, style="bold" if score.label in found else "")
-    _print_table(out, "Where heads look, as shares of their attention", table)
+    _print_table(
+        out, f"Where heads look, as shares of their attention (induction heads: from {result.threshold})", table
+    )
     if not found and result.repeated:
-        out.print("No head looks for what followed before, so there is nothing to ablate.")
+        out.print(f"No head has an induction share of {result.threshold}, so there is nothing to ablate.")
 
 
 def _print_ablation(out: Console, result: DemoResult) -> None:

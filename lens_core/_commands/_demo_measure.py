@@ -143,6 +143,7 @@ def measure(model: "LensModel", text: Text, command: str, *, begin: Callable[[st
         predictions=[_prediction(model, logits[0], at) for at in _some_positions(repeated, tokens.shape[1])],
         scores=[HeadScores(label=head_label(*head), **score) for head, score in scores.items()],
         patterns=_patterns(cache, induction),
+        threshold=INDUCTION,
         induction_heads=sorted(found),
         control_heads=control,
         ablation=ablation,

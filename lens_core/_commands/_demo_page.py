@@ -110,6 +110,7 @@ class DemoResult:
         predictions: At chosen positions.
         scores: For every head.
         patterns: By layer, `[heads][query][key]`; of a large model, some layers.
+        threshold: Induction score from which a head counts as an induction head.
         induction_heads: `(layer, head)` of those found.
         control_heads: `(layer, head)` of those ablated to compare.
         ablation: None where no token is repeated or no induction head was found.
@@ -127,6 +128,7 @@ class DemoResult:
     predictions: Sequence[Prediction]
     scores: Sequence[HeadScores]
     patterns: Mapping[int, Any]
+    threshold: float
     induction_heads: Sequence[tuple[int, int]]
     control_heads: Sequence[tuple[int, int]]
     ablation: Ablation | None
@@ -267,7 +269,8 @@ def _patterns(result: DemoResult) -> list[view.Picture | str]:
             ),
             "A score is the mean share of a head's attention, 0 to 1, on one kind of place: the tokens that came after "
             "earlier occurrences of the current one (induction), the token just before it (previous token), those "
-            "earlier occurrences themselves (duplicate token). Where two of these are one place, none counts.",
+            "earlier occurrences themselves (duplicate token). Positions at which two of these are one place are "
+            f"left out. From an induction score of {result.threshold} a head counts as an induction head.",
         ]
     return parts
 
@@ -291,7 +294,10 @@ def _ablation(result: DemoResult) -> list[view.Picture | str]:
     )
     if run.control is not None:
         rows.append([f"control: {control}", run.control, run.control - run.clean])
-        story += " The control, ablated in the same way, shows what ablating any head does."
+        story += (
+            " The control, ablated in the same way, shows what ablating any head does: it is as many other heads, of "
+            "the same layers where there are any, with the lowest induction scores."
+        )
     return [
         title,
         story,
@@ -316,6 +322,7 @@ def _attribution(result: DemoResult) -> list[view.Picture | str]:
         **dict(others if len(kept) < len(bars) else ()),
         "all else": parts.remainder,
     }
+    chosen = "where the ablation costs most" if result.ablation else "where the loss is lowest"
     verdict = (
         f"the two agree to {parts.error:.0e}."
         if parts.is_exact
@@ -323,9 +330,9 @@ def _attribution(result: DemoResult) -> list[view.Picture | str]:
     )
     return [
         view.heading("Which heads say the answer"),
-        f"After position {parts.position} the text goes on with “{answer}”; the comparison is with “{rival}”, the "
-        "strongest other guess. The logits are a sum over everything written to the residual stream, so their "
-        "difference splits exactly into parts.",
+        f"After position {parts.position}, {chosen}, the text goes on with “{answer}”; the comparison is with "
+        f"“{rival}”, the strongest other guess. The logits are a sum over everything written to the residual stream, "
+        "so their difference splits exactly into parts.",
         view.bars(list(shown), list(shown.values()), unit="logits", highlight=[name for name in found if name in kept]),
         f"Heads {_signed(heads)}, embeddings, MLPs and biases {_signed(parts.remainder)}: together "
         f"{_signed(heads + parts.remainder)} logits. The model's own logits differ by {_signed(parts.total)}; "

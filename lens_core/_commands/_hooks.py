@@ -68,7 +68,7 @@ def read_declaration(source: str, revision: str | None = None) -> "Declaration":
     auto: Any = transformers.AutoConfig
     try:
         config = auto.from_pretrained(folder, **({"revision": revision} if revision else {}))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a malformed config makes HF raise whatever comes first
         reason = str(error).strip().split("\n", 1)[0]
         if (Path(folder) / "config.json").is_file():
             raise UnsupportedConfigError(f"the config of {source!r} cannot be read: {reason}") from error

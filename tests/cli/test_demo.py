@@ -197,7 +197,7 @@ def test_a_model_without_induction_heads_says_so(run, tiny):
     """A random model has none."""
     done = run("demo", "--model", tiny, "--text", TEXT)
     assert done.code == 0
-    assert "No head looks for what followed before, so there is nothing to ablate." in done.out
+    assert "No head has an induction share of 0.4, so there is nothing to ablate." in done.out
     assert "No induction heads were found" in text_of("lens-demo.html")
 
 

@@ -24,6 +24,8 @@ def place(tiny, bare, run):
     Path("noise.safetensors").write_bytes(os.urandom(200))
     (Path("sick")).mkdir()
     Path("sick/config.json").write_text("{")
+    (Path("list")).mkdir()
+    Path("list/config.json").write_text("[]")
     (Path("other")).mkdir()
     Path("other/config.json").write_text('{"model_type": "t5"}')
     return Path()
@@ -34,6 +36,7 @@ MISTAKES = {
     "unknown model": (["hooks", "no/such"], "'no/such'"),
     "folder without a model": (["hooks", "folder"], "'folder'"),
     "sick config": (["hooks", "sick"], "the config of 'sick' cannot be read"),
+    "config of another form": (["hooks", "list"], "the config of 'list' cannot be read"),
     "unserved model type": (["hooks", "other"], "'t5'"),
     "unknown toy": (["hooks", "toy:gtp2"], "gpt2"),
     "glob without match, hooks": (["hooks", "tiny", "--names", "*nothing*"], "'*nothing*'"),

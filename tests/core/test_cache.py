@@ -344,6 +344,12 @@ def test_a_new_sequence_replaces_everything(model):
     assert cache.has_batch_dim
     assert ("result", 1) not in cache
     assert cache["z", 1].shape == (2, 4, 3, 7)
+    with model.caching(["z"], detach=False) as cache:
+        model(random_tokens(1, 5))
+        cache.remove_batch_dim()
+        model(random_tokens(2, 4), return_type="loss").backward()
+    assert cache.grad["z", 1].shape == (2, 4, 3, 7)
+    assert cache.grad["z", 1][1].any()
 
 
 def test_what_was_computed_from_entries_goes_when_they_grow(model):

@@ -179,6 +179,12 @@ def test_code_from_a_checkpoint_is_never_run(folder):
         lens.load(folder, trust_remote_code=True)
 
 
+def test_a_device_that_is_none_is_refused(folder):
+    """Not reported as corrupt weights."""
+    with pytest.raises(ArgumentError, match="no such device"):
+        lens.load(folder, device="gpu zero")
+
+
 def test_contradicting_options_are_refused(folder):
     """One device or a map, not both."""
     with pytest.raises(ArgumentError, match="device_map"):

@@ -112,7 +112,11 @@ def test_any_slice_and_projection_is_that_of_the_whole(ran, data):
     _, cache = ran
     layer = data.draw(st.integers(0, N_LAYERS))
     mlp_input = data.draw(st.booleans()) if layer < N_LAYERS else False
-    pos_slice = data.draw(st.sampled_from([None, -1, 2, slice(1, 4), slice(None, None, 2), [4, 0], torch.tensor([3])]))
+    pos_slice = data.draw(
+        st.sampled_from(
+            [None, -1, 2, slice(1, 4), slice(None, None, 2), slice(None, None, -1), [4, 0], torch.tensor([3])]
+        )
+    )
     apply_ln, remainder = data.draw(st.booleans()), data.draw(st.booleans())
     width = data.draw(st.sampled_from([None, 0, 1, 4]))
     seeded = torch.Generator().manual_seed(0)
@@ -130,11 +134,10 @@ def test_any_slice_and_projection_is_that_of_the_whole(ran, data):
     part, same_labels = function(**common, pos_slice=pos_slice, project_output_onto=onto)
     assert part.shape[0] == len(labels) == len(same_labels)
     assert labels == same_labels
-    index = (
-        [pos_slice]
-        if isinstance(pos_slice, int)
-        else torch.arange(POS)[slice(None) if pos_slice is None else pos_slice]
-    )
+    positions = range(POS)
+    if pos_slice is not None:
+        positions = positions[pos_slice] if isinstance(pos_slice, slice) else torch.as_tensor(pos_slice).reshape(-1)
+    index = torch.as_tensor(positions)
     expected = whole[:, :, index]
     expected = expected if onto is None else expected @ onto
     expected = expected[:, :, 0] if isinstance(pos_slice, int) else expected
@@ -447,6 +450,7 @@ def test_neurons_are_attributed_by_directions(model, ran):
     _, bias = cache.logit_attrs(cache.decompose_resid(), 3, 7, return_bias=True)
     close(everything.sum(0) + bias, logits[..., 3] - logits[..., 7])
     assert cache.logit_directions(per_position((BATCH, POS))).shape == (BATCH, POS, D_MODEL)
+    assert cache.logit_directions(torch.tensor([3])).shape == (D_MODEL,)
 
 
 def test_what_does_not_fit_is_refused(ran):
@@ -702,6 +706,7 @@ def test_a_parallel_block_has_no_middle():
     stack, labels = cache.decompose_resid(1, mlp_input=True, apply_ln=True, return_labels=True)
     assert labels == ["embed", "0_attn_out", "0_mlp_out"]
     close(stack.sum(0), cache["resid_pre", 1] / cache["scale", 1])
+    close(cache.decompose_resid(1, mlp_input=True, incl_remainder=True).sum(0), cache["resid_pre", 1])
     _, labels = cache.accumulated_resid(1, incl_mid=True, mlp_input=True, return_labels=True)
     assert labels == ["0_pre", "1_pre"]
     full, labels = cache.get_full_resid_decomposition(return_labels=True, incl_remainder=True)

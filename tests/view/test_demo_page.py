@@ -44,6 +44,7 @@ RESULT = DemoResult(
         HeadScores(label="L1H1", induction=0.93, previous=0.04, duplicate=0.03),
     ],
     patterns={1: [pattern("previous"), pattern("induction")], 0: [pattern("previous"), pattern("previous")]},
+    threshold=0.4,
     induction_heads=[(1, 1)],
     control_heads=[(1, 0)],
     ablation=Ablation(
@@ -86,8 +87,11 @@ def test_the_page_tells_the_story_in_order():
         "What the model expects next",
         "Outlined: L1H1.",
         "L1H1 0.930 0.040 0.030 L0H0 0.010 0.970 0.020",
+        "From an induction score of 0.4 a head counts as an induction head.",
         "nothing 0.060 induction: L1H1 2.810 2.750 control: L1H0 0.090 0.030",
         "4.000 nats of loss",
+        "After position 7, where the ablation costs most, the text goes on with “·green”; the comparison is with "
+        "“·river”",
         "L0H0 −0.500 L1H1 +6.000 all else +0.250",
         "Heads +5.500, embeddings, MLPs and biases +0.250: together +5.750 logits.",
         "The model's own logits differ by +5.750; the two agree to 2e-06.",
@@ -174,7 +178,7 @@ def test_a_page_may_lack_predictions_scores_and_some_layers():
     """What is not there is left out, without an empty table."""
     text = text_of(attrs.evolve(RESULT, predictions=[], scores=[], patterns={0: [pattern("previous")]}))
     assert "What the model expects next" not in text
-    assert "induction score" not in text
+    assert "Heads by induction score" not in text
 
 
 def test_only_the_first_heads_of_many_are_listed():

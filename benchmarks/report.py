@@ -24,8 +24,9 @@ the same. A goal is the most that the median may be. "Processor time" is the med
 threads instead of the wall clock: other programs on the machine move it less, and waiting does not count.
 
 The large model has GPT-2-small's dimensions ({size}) and random weights
-in float32; the tiny one has two layers of width 64. Nothing computes gradients. The rows in `× that tensor` count the
-bytes of live tensors, which is the same on every machine.
+in float32; the tiny one has two layers of width 64. Nothing computes gradients, and forwards fill no KV cache. Rows in
+`× that tensor` count the bytes of live tensors, which is the same on every machine; a tensor that is alive anyway when
+HF's own peak comes adds nothing to it.
 
 {machine}
 

@@ -51,7 +51,8 @@ class Row:
 
     def text(self, value: float) -> str:
         """Write a value with as many digits as its unit bears."""
-        return f"{value:.1f}" if self.unit.startswith("µs") else f"{value:.3f}"
+        digits = 0 if self.unit == "modules" else 1 if self.unit.startswith("µs") else 3
+        return f"{value:.{digits}f}"
 
     def record(self) -> dict[str, object]:
         """Give everything, for JSON."""

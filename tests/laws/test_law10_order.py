@@ -164,3 +164,17 @@ def test_a_direction_that_is_none_is_an_error(subject, wrong):
     """Law 10: directions are "fwd" and "bwd"."""
     with pytest.raises(errors.ArgumentError):
         subject().model.add_hook("hook_embed", lambda x, hook: None, dir=wrong)
+
+
+def test_permanent_hooks_come_first_whenever_they_were_added(subject):
+    """Law 10: permanent, then added, then the context's, then the call's own, each seeing the last one's result."""
+    one, tokens, order = subject(), random_tokens(), []
+
+    def note(what):
+        return lambda value, hook: order.append(what)
+
+    one.model.add_hook("hook_embed", note("added"))
+    one.model.add_hook("hook_embed", note("permanent"), is_permanent=True)
+    with one.model.hooks(fwd_hooks=[("hook_embed", note("context"))]):
+        one.model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", note("own"))])
+    assert order == ["permanent", "added", "context", "own"]

@@ -1,0 +1,34 @@
+"""Makes transformers compute in float64 where its code asks for float32, so that wrong by 1e-8 is visible.
+
+HF's norms, rotary embeddings, softmaxes, routers and scans cast to float32 whatever the model's dtype is. Inside
+`true_float64()` every request for float32 is a request for float64: casts, factories and the `dtype` of reductions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _Wide(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wide = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        return func(*wide, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+def true_float64() -> TorchFunctionMode:
+    """Give the context manager in which a request for float32 means float64.
+
+    A float64 model must also be built inside it: buffers such as the rotary frequencies are computed then.
+    """
+    return _Wide()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lens_core._offload import loaded
 
-__all__ = ["LAYER_NORM", "NormKind"]
+__all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "NormKind"]
 
 
 @attrs.frozen(kw_only=True)
@@ -51,3 +51,36 @@ def _layer_norm_affine(module: Any, normalized: Float[Tensor, "*batch d_model"])
 
 
 LAYER_NORM = NormKind(name="LN", split=_layer_norm_split, affine=_layer_norm_affine, centres=True)
+
+
+def _rms_split(
+    module: Any, x: Float[Tensor, "*batch d_model"]
+) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch 1"]]:
+    """Take sqrt(mean(x^2) + eps), uncentred (Zhang and Sennrich 2019, eq. 4)."""
+    x = _at_least_float32(x)
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return x, (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def _rms_affine(module: Any, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Multiply the gain in the model's dtype, as `LlamaRMSNorm` does after its cast."""
+    with loaded(module):
+        return module.weight.to(normalized.device) * normalized
+
+
+def _rms_affine_gain_first(module: Any, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Multiply the gain before the cast, as `Olmo2RMSNorm` does."""
+    with loaded(module):
+        return (module.weight.to(normalized.device) * _at_least_float32(normalized)).to(normalized.dtype)
+
+
+def _rms_affine_offset(module: Any, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Multiply 1 + gain before the cast, as `GemmaRMSNorm` does."""
+    with loaded(module):
+        gain = 1.0 + _at_least_float32(module.weight.to(normalized.device))
+        return (_at_least_float32(normalized) * gain).to(normalized.dtype)
+
+
+RMS_NORM = NormKind(name="RMS", split=_rms_split, affine=_rms_affine, centres=False)
+RMS_NORM_GAIN_FIRST = NormKind(name="RMS", split=_rms_split, affine=_rms_affine_gain_first, centres=False)
+RMS_NORM_OFFSET = NormKind(name="RMS", split=_rms_split, affine=_rms_affine_offset, centres=False)

@@ -28,7 +28,12 @@ from lens_core._hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from lens_core._declaration import Declaration, LensConfig, NormPlace
-    from lens_core._norms import LAYER_NORM, NormKind
+    from lens_core._call import ModuleCall
+    from lens_core._functions import Slot, function_slot
+    from lens_core._graph import with_gradient_of
+    from lens_core._norms import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
+    from lens_core._plan import ModuleStep, Run, SlotStep
+    from lens_core._watch import Watch
     from lens_core.hook_points import HookPoint
     from lens_core.seams import (
         Attention,
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
         Seam,
         Tokens,
         Unembedding,
+        View,
         Whole,
     )
     from lens_core.weights import WeightView
@@ -49,6 +55,9 @@ if TYPE_CHECKING:
 __all__ = [
     "API_VERSION",
     "LAYER_NORM",
+    "RMS_NORM",
+    "RMS_NORM_GAIN_FIRST",
+    "RMS_NORM_OFFSET",
     "Architecture",
     "Attention",
     "Capability",
@@ -60,23 +69,40 @@ __all__ = [
     "HeadResult",
     "HookPoint",
     "LensConfig",
+    "ModuleCall",
     "ModuleInput",
     "ModuleOutput",
+    "ModuleStep",
     "NormInside",
     "NormKind",
     "NormPlace",
+    "Run",
     "Seam",
+    "Slot",
+    "SlotStep",
     "Support",
     "Tokens",
     "Unembedding",
+    "View",
+    "Watch",
     "WeightView",
     "Whole",
+    "function_slot",
     "hookimpl",
+    "with_gradient_of",
 ]
 
 _LAZY = {  # name -> the module that defines it
     **dict.fromkeys(("Declaration", "LensConfig", "NormPlace"), "lens_core._declaration"),
-    **dict.fromkeys(("LAYER_NORM", "NormKind"), "lens_core._norms"),
+    **dict.fromkeys(
+        ("LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "NormKind"), "lens_core._norms"
+    ),
+    # For a seam of a plugin's own: an object with `group` and `steps`, as those of `lens_core.seams`.
+    **dict.fromkeys(("ModuleStep", "Run", "SlotStep"), "lens_core._plan"),
+    **dict.fromkeys(("Slot", "function_slot"), "lens_core._functions"),
+    "ModuleCall": "lens_core._call",
+    "Watch": "lens_core._watch",
+    "with_gradient_of": "lens_core._graph",
     **dict.fromkeys(
         (
             "Attention",
@@ -90,6 +116,7 @@ _LAZY = {  # name -> the module that defines it
             "Seam",
             "Tokens",
             "Unembedding",
+            "View",
             "Whole",
         ),
         "lens_core.seams",

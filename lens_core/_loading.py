@@ -15,12 +15,13 @@ from lens_core._registry import active_registry, load_implementation, toy_folder
 from lens_core.errors import (
     ArgumentError,
     ConfigWarning,
+    LoadError,
     ModelNotFoundError,
     UnsupportedConfigError,
     WeightsError,
 )
 
-__all__ = ["Loaded", "load_hf"]
+__all__ = ["Loaded", "load_hf", "tokenizer_options"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -42,6 +43,7 @@ def load_hf(source: Any, *, strict: bool, dtype: Any, device: Any, options: dict
         UnknownModelTypeError: No plugin for the model type.
         UnsupportedConfigError: The config asks for what the architecture does not hold.
         WeightsError: Weights are missing or corrupt.
+        LoadError: Reading the checkpoint needs a package that is not installed.
     """
     if isinstance(source, nn.Module):
         return _adopt(source, strict=strict, dtype=dtype, device=device, options=options)
@@ -90,12 +92,20 @@ def _declare(architecture: Architecture, config: Any, name: str) -> Declaration:
 
 
 CONFIG_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+_ACCESS_OPTIONS = ("cache_dir", "token", "local_files_only")  # how the hub is reached, whatever is asked of it
+
+
+def tokenizer_options(options: dict[str, Any], tokenizer: object) -> dict[str, Any]:
+    """Pick the options that find the model's own tokenizer, or, where another is named, those that reach the hub."""
+    names = (*CONFIG_OPTIONS, "gguf_file") if tokenizer is None else _ACCESS_OPTIONS
+    return {name: options[name] for name in names if name in options}
 
 
 def _read_config(folder: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     _refuse_unsafe(options)
+    _check_gguf(folder, options)
     passed = {name: options[name] for name in CONFIG_OPTIONS if name in options}
     is_folder = Path(folder).is_dir()
     try:
@@ -104,6 +114,8 @@ def _read_config(folder: str, options: dict[str, Any]) -> Any:
         auto: Any = AutoConfig
         return auto.from_pretrained(folder, **passed)
     except Exception as error:  # a malformed config makes HF raise whatever comes first
+        if "gguf_file" in options:
+            raise _gguf_error(folder, options, error) from error
         if is_folder and (Path(folder) / "config.json").is_file():
             raise UnsupportedConfigError(
                 f"the config of {folder!r} cannot be read by the installed transformers: {_first_line(error)}"
@@ -121,6 +133,37 @@ def _refuse_unsafe(options: dict[str, Any]) -> None:
         raise ArgumentError(
             "lens does not run code from a checkpoint: load the model yourself and give it to lens.load"
         )
+
+
+def _check_gguf(folder: str, options: dict[str, Any]) -> None:
+    """Refuse a GGUF file given as the source itself, and a `gguf_file` that is no name."""
+    if folder.endswith(".gguf") and Path(folder).is_file():
+        path = Path(folder)
+        raise ArgumentError(f"a GGUF file is loaded by lens.load({str(path.parent)!r}, gguf_file={path.name!r})")
+    name = options.get("gguf_file", "name")
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"gguf_file is the name of a file in the folder or repository; got {name!r}")
+
+
+def _gguf_error(folder: str, options: dict[str, Any], error: Exception) -> LoadError:
+    """Say what is wrong with a GGUF file that HF could not read."""
+    name = options["gguf_file"]
+    if isinstance(error, ImportError):
+        return _missing_package(folder, error, "; pip install gguf")
+    place = Path(folder, options.get("subfolder") or "")
+    if place.is_dir() and not (place / name).is_file():
+        there = ", ".join(sorted(file.name for file in place.glob("*.gguf"))) or "none"
+        return ModelNotFoundError(f"no file {name!r} in {str(place)!r}; GGUF files there: {there}")
+    if isinstance(error, OSError):
+        return ModelNotFoundError(f"no such folder or model, or no {name!r} in it: {folder!r} ({_first_line(error)})")
+    return WeightsError(
+        f"the GGUF file {name!r} of {folder!r} is corrupt, or of a kind that transformers cannot read: "
+        f"{_first_line(error)}"
+    )
+
+
+def _missing_package(folder: str, error: ImportError, remedy: str = "") -> LoadError:
+    return LoadError(f"loading {folder!r} needs a package that is not installed: {_first_line(error)}{remedy}")
 
 
 def check_config(config: Any, architecture: Architecture, *, strict: bool) -> None:
@@ -183,17 +226,24 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
     if device is not None and options.get("device_map") is not None:
         raise ArgumentError("give device or device_map, not both")
     passed = {name: value for name, value in options.items() if value is not None}
+    if "gguf_file" in passed and Path(folder).is_dir():  # HF looks for the bare name in the working directory first
+        passed["gguf_file"] = str(Path(folder, passed.get("subfolder", ""), passed["gguf_file"]).absolute())
     if device is not None:
         try:
             passed["device_map"] = {"": torch.device(device)}
         except (RuntimeError, TypeError) as error:
             raise ArgumentError(f"no such device: {device!r} ({_first_line(error)})") from error
+    # HF's reader of GGUF files raises two more where the data are cut off or of a kind that it does not know.
+    of_gguf = (ValueError, NotImplementedError) if "gguf_file" in options else ()
+    unreadable: tuple[type[Exception], ...] = (OSError, SafetensorError, EOFError, RuntimeError, *of_gguf)
     try:
         auto: Any = AutoModelForCausalLM
         hf_model, info = auto.from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **passed
         )
-    except (OSError, SafetensorError, EOFError, RuntimeError) as error:
+    except ImportError as error:
+        raise _missing_package(folder, error) from error
+    except unreadable as error:
         raise WeightsError(
             f"the weights of {folder!r} are missing, corrupt or do not fit its config: {_first_line(error)}. "
             "Download them again, or check config.json"

@@ -27,6 +27,8 @@ LensError
   CacheError                  activation caches
     NotCachedError            a hook point that exists is not in this cache (also a KeyError)
     CacheFileError            not a cache file of ours, truncated, or unsafe
+  StateError                  a state of a model's sequence that cannot be continued, copied or saved
+    StateFileError            not a state file of ours, truncated, unsafe, or of another model
   WeightError                 a weight view that this model cannot give
 LensWarning
   CostWarning                 what was asked for costs much memory
@@ -59,6 +61,8 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "PluginWarning",
+    "StateError",
+    "StateFileError",
     "TokenIdError",
     "TokenizerError",
     "UnknownHookError",
@@ -95,7 +99,7 @@ class IncompatiblePluginError(PluginError):
 
 
 class LoadError(LensError):
-    """A model cannot be loaded."""
+    """A model cannot be loaded; raised itself where reading it needs a package that is not installed."""
 
 
 class ModelNotFoundError(LoadError):
@@ -180,6 +184,14 @@ class NotCachedError(CacheError, KeyError):
 
 class CacheFileError(CacheError):
     """A file is not a cache of ours, is damaged, or is unsafe to read."""
+
+
+class StateError(LensError):
+    """A state cannot be continued, copied or saved: another model's, another batch, a gap, or an unknown cache."""
+
+
+class StateFileError(StateError):
+    """A file is not a state of ours, is damaged or unsafe to read, or is of another model."""
 
 
 class WeightError(LensError):

@@ -12,7 +12,7 @@ from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
 from lens_core._declaration import LensConfig
 from lens_core._inputs import Inputs, read_input, token_loss
-from lens_core._loading import Loaded, load_hf
+from lens_core._loading import Loaded, load_hf, tokenizer_options
 from lens_core._plan import StopForward
 from lens_core._positions import read_positions
 from lens_core._text import Texts
@@ -52,13 +52,15 @@ def load(
         tokenizer: A tokenizer, its id or folder, or False for none; None looks beside the model. Without one, token
             ids still work.
         strict: False loads a config with fields that the architecture does not hold; nothing then vouches for values.
-        **from_pretrained: Passed to HF's `from_pretrained`.
+        **from_pretrained: Passed to HF's `from_pretrained`, such as `gguf_file`, the name of a GGUF file in the folder
+            (needs the package gguf; HF turns its weights into full ones).
 
     Raises:
-        ModelNotFoundError: No such id or folder.
+        ModelNotFoundError: No such id, folder or file.
         UnknownModelTypeError: No installed plugin serves the model type; says what to install.
         UnsupportedConfigError: The config holds something the architecture does not.
         WeightsError: Weights are missing or corrupt.
+        LoadError: Reading the checkpoint needs a package that is not installed.
         ArgumentError: Options that contradict each other.
 
     Example:
@@ -77,7 +79,7 @@ def load(
     loaded = load_hf(source, strict=strict, dtype=dtype, device=device, options=options)
     found = None
     if tokenizer is not False:
-        found = _tokens.find_tokenizer(loaded.tokenizer_source, tokenizer)
+        found = _tokens.find_tokenizer(loaded.tokenizer_source, tokenizer, **tokenizer_options(options, tokenizer))
     return LensModel(loaded, found)
 
 

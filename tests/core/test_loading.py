@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import struct
 
 import pytest
 import torch
-from golden.tiny import fresh, random_tokens, tiny_gpt2
+from golden.tiny import fresh, random_tokens, tiny_gpt2, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -15,6 +16,7 @@ from lens_core.errors import (
     ArgumentError,
     ConfigWarning,
     LensError,
+    LoadError,
     ModelNotFoundError,
     UnknownModelTypeError,
     UnsupportedConfigError,
@@ -198,3 +200,61 @@ def test_the_same_hf_model_may_be_loaded_twice():
     one.add_hook("hook_embed", lambda value, hook: value * 0)
     assert torch.equal(two(tokens), fresh(hf)(tokens).logits)
     assert not torch.equal(one(tokens), two(tokens))
+
+
+def gguf_header(architecture):
+    """Give the bytes of a GGUF file (version 3) without tensors, whose metadata name an architecture and no more."""
+
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    text_type = 8
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)  # version, tensors, pairs
+    return header + text("general.architecture") + struct.pack("<I", text_type) + text(architecture)
+
+
+def test_a_gguf_file_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
+    """HF needs the package gguf, which is no requirement of ours."""
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+    (tmp_path / "m.gguf").write_bytes(gguf_header("llama"))
+    with pytest.raises(LoadError, match=r"needs a package.*gguf.*pip install gguf") as caught:
+        lens.load(tmp_path, gguf_file="m.gguf")
+    assert type(caught.value) is LoadError  # neither "no such model" nor "corrupt"
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense" * 9, gguf_header("llama")[:40]])
+def test_a_gguf_file_that_cannot_be_read_is_a_clear_error(tmp_path, content):
+    """Empty, something else, or cut off."""
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"'m\.gguf' of .* is corrupt, or of a kind"):
+        lens.load(tmp_path, gguf_file="m.gguf")
+
+
+def test_a_gguf_file_that_is_not_there_names_those_that_are(tmp_path):
+    """A folder with another one; no folder; no such repository."""
+    (tmp_path / "other.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match=r"no file 'm\.gguf'.*there: other\.gguf"):
+        lens.load(tmp_path, gguf_file="m.gguf")
+    for nowhere in (str(tmp_path / "nowhere"), "nobody/nothing"):
+        with pytest.raises(ModelNotFoundError, match=r"m\.gguf.*nowhere|m\.gguf.*nobody"):
+            lens.load(nowhere, gguf_file="m.gguf")
+
+
+def test_a_gguf_file_is_given_by_its_folder_and_its_name(tmp_path):
+    """The path of the file itself, or something else than a name, is answered with the right call."""
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(ArgumentError, match=r"lens\.load\('.*', gguf_file='m\.gguf'\)"):
+        lens.load(tmp_path / "m.gguf")
+    for wrong in (3, "", True):
+        with pytest.raises(ArgumentError, match="gguf_file is the name"):
+            lens.load(tmp_path, gguf_file=wrong)
+
+
+def test_the_tokenizer_is_looked_for_where_the_model_was(tmp_path):
+    """In the same subfolder; where another one is named, only there."""
+    tiny_gpt2().save_pretrained(tmp_path / "inside")
+    tiny_tokenizer().save_pretrained(tmp_path / "inside")
+    assert lens.load(tmp_path, subfolder="inside").to_tokens("w3", prepend_bos=False).tolist() == [[3]]
+    tiny_tokenizer().save_pretrained(tmp_path / "apart")
+    other = lens.load(tmp_path, subfolder="inside", tokenizer=str(tmp_path / "apart")).tokenizer
+    assert other.name_or_path == str(tmp_path / "apart")

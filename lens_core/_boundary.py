@@ -2,13 +2,14 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from lens_core._call import Call, ModuleCall
 from lens_core._functions import function_slot
+from lens_core._hf_cache import cache_in, cached_length, note_length
 from lens_core._plan import ModuleStep, SlotStep, StopForward
 from lens_core.errors import CostWarning
 from lens_core.shapes import element_count
@@ -38,6 +39,8 @@ def _enter_model(call: ModuleCall) -> None:
 
 
 def _leave_base(call: ModuleCall) -> None:
+    if isinstance(call.output, Mapping):
+        note_length(cache_in(cast("Mapping[str, Any]", call.output)), call.run.now.total)
     if not call.run.inside_model:  # the base model was called by itself: there is no head to wait for
         call.run.end_call()
 
@@ -51,8 +54,7 @@ def _begin(call: ModuleCall) -> None:
     tokens: Any = call.args[0] if call.args and isinstance(call.args[0], Tensor) else call.kwargs.get("input_ids")
     source: Tensor = tokens if tokens is not None else call.kwargs["inputs_embeds"]
     batch, n_pos = source.shape[:2]
-    cache: Any = call.kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = cached_length(cache_in(call.kwargs))
     call.run.begin_call(Call(batch=batch, n_pos=n_pos, past=past, device=source.device))
 
 

@@ -233,9 +233,9 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
             passed["device_map"] = {"": torch.device(device)}
         except (RuntimeError, TypeError) as error:
             raise ArgumentError(f"no such device: {device!r} ({_first_line(error)})") from error
-    # HF's reader of GGUF files raises two more where the data are cut off or of a kind that it does not know.
-    of_gguf = (ValueError, NotImplementedError) if "gguf_file" in options else ()
-    unreadable: tuple[type[Exception], ...] = (OSError, SafetensorError, EOFError, RuntimeError, *of_gguf)
+    unreadable: tuple[type[Exception], ...] = (OSError, SafetensorError, EOFError, RuntimeError)
+    if "gguf_file" in options:  # HF's reader raises two more where the data are cut off or of a kind it does not know
+        unreadable = (*unreadable, ValueError, NotImplementedError)
     try:
         auto: Any = AutoModelForCausalLM
         hf_model, info = auto.from_pretrained(

@@ -17,7 +17,7 @@ from lens_core.shapes import element_count
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["boundary_steps", "warn_of_cost"]
+__all__ = ["boundary_steps", "closing_steps", "warn_of_cost"]
 
 INNER_PACKAGES = ("lens_core", "torch", "transformers", "contextlib")
 
@@ -30,6 +30,10 @@ def boundary_steps(run: "Run") -> Iterator[ModuleStep | SlotStep]:
     if run.stop_at is not None:
         yield ModuleStep(path=_block_path(run, run.stop_at), when="pre", act=_stop)
     yield ModuleStep(path="", when="pre", act=_enter_model)
+
+
+def closing_steps(run: "Run") -> Iterator[ModuleStep]:
+    """Yield the steps that every run has, after those of its seams."""
     yield ModuleStep(path=run.base, when="post", act=_leave_base)
     yield ModuleStep(path="", when="post", act=_leave_model)
 
@@ -39,8 +43,9 @@ def _enter_model(call: ModuleCall) -> None:
 
 
 def _leave_base(call: ModuleCall) -> None:
-    if isinstance(call.output, Mapping):
-        note_length(cache_in(cast("Mapping[str, Any]", call.output)), call.run.now.total)
+    output: Any = call.output
+    if isinstance(output, Mapping):
+        note_length(cache_in(cast("Mapping[str, Any]", output)), call.run.now.total)
     if not call.run.inside_model:  # the base model was called by itself: there is no head to wait for
         call.run.end_call()
 

@@ -5,32 +5,26 @@ name's axes and equation) and `aliases`; and where the values come from: model i
 stand under their canonical names, gradients under `NAME#grad`. Nothing is pickled, and nothing in a file is trusted.
 """
 
-import importlib.metadata
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from lens_core.errors import ArgumentError, CacheFileError, UnknownHookError
+from lens_core._tensor_file import FileKind, origin
+from lens_core.errors import CacheFileError, UnknownHookError
 from lens_core.hook_points import HookPoint, HookTable
 
 if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "SavedCache", "check_fit", "read", "write"]
+__all__ = ["KIND", "SavedCache", "check_fit", "read", "write"]
 
-FORMAT = "lens activation cache"
-FORMAT_VERSION = 1
+KIND = FileKind(what="activation cache", version=1, error=CacheFileError, writer="cache.save(path)")
 GRADIENT = "#grad"
 HF_SHAPE = "HF's own"
 
@@ -71,38 +65,11 @@ def write(cache: "ActivationCache", path: Any) -> None:
         CacheFileError: The file cannot be written there, or an entry cannot be stored.
         ArgumentError: Not a path.
     """
-    target = _path(path)
-    if target.is_dir():
-        raise CacheFileError(f"{os.fspath(target)!r} is a folder; give the path of a file")
+    target = KIND.target(path)
     tensors = {name: cache[name] for name in cache} | {f"{name}{GRADIENT}": cache.grad[name] for name in cache.grad}
     for name in cache:
         _layer_of(name, _MAX_LAYERS)
-    metadata = _metadata(cache)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb"):
-            mode = part.stat().st_mode  # as the process's umask has it; safetensors makes files for the owner only
-        cast("Any", safetensors.torch).save_file(_separate(tensors), part, metadata=metadata)
-        part.chmod(mode)
-        part.replace(target)
-    except Exception as error:
-        raise CacheFileError(f"the cache cannot be written to {os.fspath(target)!r}: {_first_line(error)}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors on the CPU that are contiguous and share no storage, as safetensors asks; copies where need be."""
-    found: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().to("cpu").contiguous()
-        if plain.untyped_storage().data_ptr() in storages:
-            plain = plain.clone()
-        storages.add(plain.untyped_storage().data_ptr())
-        found[name] = plain
-    return found
+    KIND.write(target, tensors, _metadata(cache))
 
 
 def _metadata(cache: "ActivationCache") -> dict[str, str]:
@@ -111,41 +78,12 @@ def _metadata(cache: "ActivationCache") -> dict[str, str]:
     aliases: Mapping[str, str] = {} if model is None else model.declaration.aliases
     described = {name: {"axes": point.shape, "equation": point.equation} for name, point in points.items()}
     return {
-        **(cache.metadata if model is None else _origin(model)),
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        **(cache.metadata if model is None else origin(model)),
         "has_batch_dim": json.dumps(cache.has_batch_dim),
         "n_layers": str(cache.table.n_layers),
         "points": json.dumps(described),
         "aliases": json.dumps({alias: name for alias, name in aliases.items() if name in points}),
     }
-
-
-def _origin(model: Any) -> dict[str, str]:
-    """Say what model, plugin and versions the values come from."""
-    from lens_core._registry import active_registry
-
-    name = str(model.cfg.model_name)
-    if Path(name).is_absolute() or Path(name).expanduser().exists():
-        name = Path(name).resolve().name  # where somebody keeps the model is nobody else's business
-    plugin = next((record for record in active_registry().records if model.architecture in record.architectures), None)
-    return {
-        "model": name,
-        "model_type": model.cfg.model_type,
-        "d_model": str(model.cfg.d_model),
-        "architecture": model.architecture.name,
-        "plugin": "" if plugin is None else plugin.label,
-        "lens_core": _version("lens-core"),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 # ---------------------------------------------------------------------- reading
@@ -158,42 +96,8 @@ def read(path: Any, device: torch.device | None = None) -> SavedCache:
         CacheFileError: Not a cache file of ours, damaged, of another format version, or unsafe.
         ArgumentError: Not a path.
     """
-    source = _path(path)
-    shown = os.fspath(source)
-    if not source.is_file():
-        raise CacheFileError(f"there is no file {shown!r}" if not source.exists() else f"{shown!r} is not a file")
-    try:
-        # The header's lengths, types and offsets are checked against the file's size before anything is allocated.
-        with cast("Any", safetensors).safe_open(shown, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            _check_version(metadata, shown)
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        saved = _read_entries(tensors, metadata, shown)
-    except CacheFileError:
-        raise
-    except Exception as error:  # a damaged file makes safetensors and torch raise errors of many types
-        raise CacheFileError(
-            f"{shown!r} is no activation cache, or is damaged: {_first_line(error)}. Write it again"
-        ) from error
+    saved = KIND.read(path, _read_entries)
     return saved if device is None else saved.to(device)
-
-
-def _check_version(metadata: Mapping[str, str], shown: str) -> None:
-    if metadata.get("format") != FORMAT:
-        raise CacheFileError(f"{shown!r} is a safetensors file, but no activation cache: cache.save(path) writes one")
-    version = metadata.get("format_version", "")
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
-        raise CacheFileError(f"{shown!r} has no sound format version, but {version[:40]!r}; write it again")
-    if int(version) > FORMAT_VERSION:
-        writer = re.sub(r"[^0-9A-Za-z.+]", "", metadata.get("lens_core", ""))[:40]
-        raise CacheFileError(
-            f"{shown!r} has format version {version}, written by lens-core {writer or '(unknown)'}, and this lens-core "
-            f"reads version {FORMAT_VERSION}: upgrade it"
-        )
-    if int(version) < FORMAT_VERSION:
-        raise CacheFileError(
-            f"{shown!r} has format version {version}, and this lens-core reads {FORMAT_VERSION}: write the file again"
-        )
 
 
 def _read_entries(saved: Mapping[str, Tensor], metadata: Mapping[str, str], shown: str) -> SavedCache:
@@ -286,17 +190,3 @@ def check_fit(saved: SavedCache, model: Any, path: str | os.PathLike[str]) -> No
                 f"{name!r} has shape {list(value.shape)} in {shown!r}, where this model has {expected} ({shape}); "
                 "give the model that was run, or none"
             )
-
-
-def _path(path: Any) -> Path:
-    try:
-        text = os.fsdecode(path)
-    except TypeError:
-        text = ""
-    if not text or "\0" in text:
-        raise ArgumentError(f"a cache file is named by a path; got {path!r}")
-    return Path(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -13,14 +13,13 @@ from lens_core._arguments import checks_arguments
 from lens_core._declaration import LensConfig
 from lens_core._inputs import Inputs, read_input, token_loss
 from lens_core._loading import Loaded, load_hf, tokenizer_options
+from lens_core._pieces import Pieces
 from lens_core._plan import StopForward
 from lens_core._positions import read_positions
-from lens_core._text import Texts
 from lens_core.cache import ActivationCache, CacheSink
-from lens_core.errors import ArgumentError, InputError, WeightError
+from lens_core.errors import ArgumentError, InputError
 from lens_core.generation import generate, generate_stream
 from lens_core.hook_points import NameFilter
-from lens_core.weights import WeightView, read_weight, stack_weight
 
 __all__ = ["LensModel", "load"]
 
@@ -83,7 +82,7 @@ def load(
     return LensModel(loaded, found)
 
 
-class LensModel(Texts):
+class LensModel(Pieces):
     """An HF language model whose activations have names.
 
     Make one by `load`. The HF model is `hf_model`; it is never wrapped or changed, and outside of hooked runs nothing
@@ -99,7 +98,6 @@ class LensModel(Texts):
         super().__init__(loaded.hf_model, loaded.declaration)
         self.architecture = loaded.architecture
         self.tokenizer = tokenizer
-        self._views = {view.name: view for view in self.declaration.weights}
 
     def __repr__(self) -> str:
         """Show the model and its rule for BOS."""
@@ -321,78 +319,8 @@ class LensModel(Texts):
         """Make an empty cache of this model."""
         return ActivationCache(table=self._table, model=self)
 
-    # ------------------------------------------------------------------ pieces
-
-    def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
-        """Embed token ids or text: what `hook_embed` holds, positions left out."""
-        tokens = self.to_tokens(input) if not isinstance(input, Tensor) else input
-        return self.bare_model.get_submodule(self.declaration.embed)(tokens)
-
-    def ln_final(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Apply the final norm, gain and bias included."""
-        return self.bare_model.get_submodule(self.declaration.norms["ln_final"].path)(residual)
-
-    def unembed(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """Apply the unembedding to what the final norm hands on."""
-        return self.bare_model.get_submodule(self.declaration.unembed)(normalized)
-
-    def weight(self, name: str, layer: int | None = None) -> Tensor:
-        """Give one weight in TransformerLens' layout; a view of the live parameter.
-
-        Raises:
-            WeightError: No such weight, no such layer, or a weight that cannot be shown (quantised, on meta).
-        """
-        return read_weight(self._view(name), self.bare_model.get_submodule, layer)
-
-    def _view(self, name: str) -> WeightView:
-        if name not in self._views:
-            raise WeightError(f"no weight {name!r} in {self.architecture.name}; there are {', '.join(self._views)}")
-        return self._views[name]
-
-    def __getattr__(self, name: str) -> Any:
-        """Give a stacked weight (`W_Q`, `b_O`, ...), or an attribute of `torch.nn.Module` from the HF model."""
-        views = self.__dict__.get("_views", {})
-        if name in views:
-            return stack_weight(views[name], self.bare_model.get_submodule, self.declaration.cfg.n_layers)
-        if name in _MODULE_ATTRIBUTES:
-            return getattr(self.hf_model, name)
-        raise AttributeError(f"LensModel has no attribute {name!r}; HF's own are on model.hf_model")
-
-    def to(self, *args: Any, **kwargs: Any) -> "LensModel":
-        """Move or cast the HF model in place; gives this object back."""
-        self.hf_model.to(*args, **kwargs)
-        return self
-
-    def eval(self) -> "LensModel":
-        """Put the HF model in evaluation mode."""
-        self.hf_model.eval()
-        return self
-
-    def train(self, mode: bool = True) -> "LensModel":
-        """Put the HF model in training mode."""
-        self.hf_model.train(mode)
-        return self
-
 
 def _backward(output: Any) -> None:
     if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
         raise ArgumentError("incl_bwd needs a scalar output with gradients: return_type='loss', no torch.no_grad()")
     torch.autograd.backward(output)
-
-
-_MODULE_ATTRIBUTES = frozenset(
-    (
-        "parameters",
-        "named_parameters",
-        "state_dict",
-        "load_state_dict",
-        "zero_grad",
-        "requires_grad_",
-        "device",
-        "dtype",
-        "training",
-        "config",
-        "modules",
-        "named_modules",
-    )
-)

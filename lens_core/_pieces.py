@@ -1,0 +1,95 @@
+"""The pieces of a model: embedding, final norm, unembedding, weights, and what it shares with `torch.nn.Module`."""
+
+from typing import Any, Self
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_core._declaration import Declaration
+from lens_core._text import Texts
+from lens_core.errors import WeightError
+from lens_core.weights import WeightView, read_weight, stack_weight
+
+__all__ = ["Pieces"]
+
+
+class Pieces(Texts):
+    """What a model is made of, to be called or looked at apart.
+
+    Attributes:
+        architecture: The descriptor of the plugin that serves this model.
+    """
+
+    architecture: Any
+
+    def __init__(self, hf_model: nn.Module, declaration: Declaration) -> None:
+        super().__init__(hf_model, declaration)
+        self._views = {view.name: view for view in declaration.weights}
+
+    def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
+        """Embed token ids or text: what `hook_embed` holds, positions left out."""
+        tokens = self.to_tokens(input) if not isinstance(input, Tensor) else input
+        return self.bare_model.get_submodule(self.declaration.embed)(tokens)
+
+    def ln_final(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Apply the final norm, gain and bias included."""
+        return self.bare_model.get_submodule(self.declaration.norms["ln_final"].path)(residual)
+
+    def unembed(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Apply the unembedding to what the final norm hands on."""
+        return self.bare_model.get_submodule(self.declaration.unembed)(normalized)
+
+    def weight(self, name: str, layer: int | None = None) -> Tensor:
+        """Give one weight in TransformerLens' layout; a view of the live parameter.
+
+        Raises:
+            WeightError: No such weight, no such layer, or a weight that cannot be shown (quantised, on meta).
+        """
+        return read_weight(self._view(name), self.bare_model.get_submodule, layer)
+
+    def _view(self, name: str) -> WeightView:
+        if name not in self._views:
+            raise WeightError(f"no weight {name!r} in {self.architecture.name}; there are {', '.join(self._views)}")
+        return self._views[name]
+
+    def __getattr__(self, name: str) -> Any:
+        """Give a stacked weight (`W_Q`, `b_O`, ...), or an attribute of `torch.nn.Module` from the HF model."""
+        views = self.__dict__.get("_views", {})
+        if name in views:
+            return stack_weight(views[name], self.bare_model.get_submodule, self.declaration.cfg.n_layers)
+        if name in _MODULE_ATTRIBUTES:
+            return getattr(self.hf_model, name)
+        raise AttributeError(f"LensModel has no attribute {name!r}; HF's own are on model.hf_model")
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the HF model in place; gives this object back."""
+        self.hf_model.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> Self:
+        """Put the HF model in evaluation mode."""
+        self.hf_model.eval()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the HF model in training mode."""
+        self.hf_model.train(mode)
+        return self
+
+
+_MODULE_ATTRIBUTES = frozenset(
+    (
+        "parameters",
+        "named_parameters",
+        "state_dict",
+        "load_state_dict",
+        "zero_grad",
+        "requires_grad_",
+        "device",
+        "dtype",
+        "training",
+        "config",
+        "modules",
+        "named_modules",
+    )
+)

@@ -21,6 +21,11 @@ from families.subject import Pair, shared_pair, true_float64
 from families.subjects import SUBJECTS
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker that restricts a test to some subjects."""
+    config.addinivalue_line("markers", "subjects(chosen): only the subjects for which this function holds")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for `subject` for every subject, and for `attn` for each of its implementations."""
     if "subject" not in metafunc.fixturenames:

@@ -1,10 +1,12 @@
 """Makes transformers compute in float64 where its code asks for float32, so that wrong by 1e-8 is visible.
 
 HF's norms, rotary embeddings, softmaxes, routers and scans cast to float32 whatever the model's dtype is. Inside
-`true_float64()` every request for float32 is a request for float64: casts, factories and the `dtype` of reductions.
+`true_float64()` every request for float32 is a request for float64: casts, factories, the `dtype` of reductions, and
+torch's default dtype.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +28,16 @@ class _Wide(TorchFunctionMode):
         return func(*wide, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
 
 
-def true_float64() -> TorchFunctionMode:
-    """Give the context manager in which a request for float32 means float64.
+@contextlib.contextmanager
+def true_float64() -> Iterator[None]:
+    """Let a request for float32 mean float64 until the block ends (in this thread; the default dtype is all threads').
 
     A float64 model must also be built inside it: buffers such as the rotary frequencies are computed then.
     """
-    return _Wide()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Wide():
+            yield
+    finally:
+        torch.set_default_dtype(before)

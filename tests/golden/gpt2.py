@@ -121,7 +121,7 @@ def golden(
     if unknown := (set(edits) | set(through)) - known:
         raise KeyError(sorted(unknown))
     values: dict[str, Tensor] = {}
-    cut = _cutter(edits, values, record, torch.arange(tokens.shape[1]))
+    cut = cutter(edits, values, record, torch.arange(tokens.shape[1]))
     weights = {name: tensor.to(torch.float64) for name, tensor in state_dict.items() if tensor.is_floating_point()}
     if tokens.is_floating_point():
         embedded = tokens.to(torch.float64)
@@ -145,9 +145,11 @@ def golden(
     return cut("hook_logits", logits), values
 
 
-def _cutter(
+def cutter(
     edits: Mapping[str, Edit], values: dict[str, Tensor], record: bool, positions: Tensor
 ) -> Callable[[str, Tensor], Tensor]:
+    """Make the function that a forward calls at each hook point."""
+
     def cut(name: str, value: Tensor) -> Tensor:
         if name in edits:
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else None

@@ -1,78 +1,98 @@
-"""Scores and pattern inside HF's attention, whatever kernel runs.
+"""Inside HF's attention, whatever kernel runs: rotated queries and keys, repeated keys and values, scores, pattern.
 
 For a run, the name `ALL_ATTENTION_FUNCTIONS` in the globals of the attention class' file is a dispatcher: it asks
 HF's own registry for the kernel that HF would have called, and wraps the call on the layers asked for. Config,
 implementation name and masks stay as they are, since HF's code tests all three.
 
-The transparent kernel is the model's own eager function, run with its one softmax intercepted: the argument is the
-scores, the result the pattern, and every cast, scale and soft cap is that model's. It runs beside the fused kernel and
-takes its place only where a function changed a value; where gradients are wanted, the fused value keeps its bits.
+The transparent kernel is the model's own eager function, run with its one softmax intercepted (`_softmax.py`). It runs
+beside the fused kernel and takes its place only where a function changed a value; where gradients are wanted, the fused
+value keeps its bits.
+
+HF updates its cache with the rotated keys before it calls the kernel, so those are tapped where they are handed to the
+cache: an edit is in the cache for later steps. Keys and values as each query head sees them are seen at the kernel, and
+an edit there holds for this call only.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from lens_core._call import ModuleCall
 from lens_core._context import active_runs
 from lens_core._functions import Slot, function_slot
 from lens_core._graph import with_gradient_of
-from lens_core._plan import SlotStep
+from lens_core._plan import ModuleStep, SlotStep
+from lens_core._softmax import Enough, InsideSoftmax, additive_mask, masked_cells
 from lens_core._watch import Watch
 from lens_core.errors import UnsupportedHookError
 
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "AttentionPart", "Override", "attention_steps", "rotated"]
 
-SOFTMAXES = (nn.functional.softmax, torch.softmax, Tensor.softmax)
-DROPOUTS = (nn.functional.dropout, torch.dropout)
+AttentionPart: TypeAlias = Literal["q", "k", "k_rep", "v_rep", "scores", "pattern"]
+"""Rotated queries and keys `[batch, pos, heads, d_head]`, keys and values as each query head sees them
+`[batch, key, n_heads, d_head]`, scores and pattern `[batch, n_heads, query, key]`."""
 
 
 @attrs.frozen(kw_only=True)
 class Attention:
-    """The scores or the pattern of one attention module."""
+    """A place inside one attention module that calls HF's attention interface."""
 
     path: str
-    part: Literal["scores", "pattern"]
+    part: AttentionPart
     method: str | None = None
     """A method of the module that HF calls in place of the registered kernel, in some configurations."""
 
     @property
     def group(self) -> Hashable:
-        """Scores and pattern of one module belong together."""
+        """All places of one module belong together."""
         return self.path
 
-    def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[SlotStep]:
-        """Handle this module's calls of the attention kernel."""
+    def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[ModuleStep | SlotStep]:
+        """Handle this module's calls of the attention kernel, and the keys that it gives to the cache."""
         by_part = {watch.point.seam.part: watch for watch in watches}
-        module = run.module(self.path)
-        handler = _Handler(by_part.get("scores"), by_part.get("pattern"))
-        if self.method is not None:
+        if "k" in by_part:
+            yield ModuleStep(path=self.path, when="pre", act=lambda call, w=by_part["k"]: _tap_cache(w, call))
+        yield from attention_steps(self.path, by_part, run, method=self.method)
 
-            def handle_method(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                def kernel(_: nn.Module, *arguments: Any, **options: Any) -> Any:
-                    return original(*arguments, **options)
 
-                return handler(kernel, None, module, *args, **kwargs)
+def attention_steps(
+    path: str, watches: dict[str, Watch], run: "Run", *, method: str | None = None
+) -> Iterator[SlotStep]:
+    """Handle one module's calls of the attention kernel; nothing to do where the `Attention` seam does it already."""
+    taken = not watches and any(
+        isinstance(watch.point.seam, Attention) and watch.point.seam.path == path for watch in run.watches
+    )
+    if taken:
+        return
+    module = run.module(path)
+    handler = _Handler(path, run, watches)
+    if method is not None:
 
-            slot = function_slot(vars(module), self.method, original=getattr(module, self.method))
-            yield SlotStep(path=self.path, slot=slot, key=slot.key, handler=handle_method)
-        namespace = inspect.unwrap(type(module).forward).__globals__
-        if "ALL_ATTENTION_FUNCTIONS" not in namespace:
-            raise UnsupportedHookError(
-                f"{type(module).__name__} does not use HF's attention interface; "
-                "scores and pattern cannot be reached there"
-            )
-        slot = Slot(namespace=namespace, name="ALL_ATTENTION_FUNCTIONS", make=lambda _, original: _Dispatcher(original))
-        yield SlotStep(path=self.path, slot=slot, key=("attention", id(module)), handler=handler)
+        def handle_method(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def kernel(_: nn.Module, *arguments: Any, **options: Any) -> Any:
+                return original(*arguments, **options)
+
+            return handler(kernel, None, module, *args, **kwargs)
+
+        slot = function_slot(vars(module), method, original=getattr(module, method))
+        yield SlotStep(path=path, slot=slot, key=slot.key, handler=handle_method)
+    namespace = inspect.unwrap(type(module).forward).__globals__
+    if "ALL_ATTENTION_FUNCTIONS" not in namespace:
+        raise UnsupportedHookError(
+            f"{type(module).__name__} does not use HF's attention interface; its inside cannot be reached"
+        )
+    slot = Slot(namespace=namespace, name="ALL_ATTENTION_FUNCTIONS", make=lambda _, original: _Dispatcher(original))
+    yield SlotStep(path=path, slot=slot, key=("attention", id(module)), handler=handler)
 
 
 class _Dispatcher:
@@ -107,20 +127,73 @@ class _Dispatcher:
         return name in self._registry
 
 
-class _Enough(Exception):  # noqa: N818 - not an error: leaves the eager function once the pattern is known
-    pass
+# ---------------------------------------------------------------------- rotated keys, on their way to the cache
+
+
+class _TappedCache:
+    """Stands for HF's cache in one attention module's call, and shows the keys that it is given."""
+
+    def __init__(self, cache: Any, watch: Watch, path: str) -> None:
+        self._cache, self._watch, self._path = cache, watch, path
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fire, and hand on to the cache."""
+        self._watch.run.now.scratch[self._path, "k"] = True
+        return self._cache.update(_fire_heads(self._watch, key), value, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _tap_cache(watch: Watch, call: ModuleCall) -> None:
+    cache = call.kwargs.get("past_key_values")
+    if cache is not None:
+        call.kwargs = {**call.kwargs, "past_key_values": _TappedCache(cache, watch, watch.point.seam.path)}
+        call.input_changed = True
+
+
+def _fire_heads(watch: Watch, tensor: Float[Tensor, "batch heads pos d_head"]) -> Tensor:
+    """Fire on `[batch, pos, heads, d_head]`; what goes on has the layout that HF's tensor had, as kernels may look."""
+    shown = tensor.transpose(1, 2)
+    value = watch.fire(shown)
+    if value is shown and not watch.rerouted:
+        return tensor
+    new = value.transpose(1, 2)
+    return new if new.stride() == tensor.stride() else torch.empty_like(tensor).copy_(new)
+
+
+# ---------------------------------------------------------------------- the kernel's call
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Override:
+    """Keys or values of this call's positions for some query heads, computed from those heads' own inputs.
+
+    `part` `"k"` is not rotated yet.
+    """
+
+    heads: Sequence[int]
+    values: Float[Tensor, "batch pos some d_head"]
+    edited: bool
+    rotary: Any = None
+    """Cosines and sines of this call's positions; None where the layer has no rotary embedding."""
+
+
+def rotated(module: nn.Module, x: Float[Tensor, "batch heads pos d_head"], cos_sin: Any) -> Tensor:
+    """Rotate the leading part of each head, as long as the cosines are, by the function of the module's own file."""
+    rotate = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
+    width = cos_sin[0].shape[-1]
+    turned = rotate(x[..., :width], x[..., :width], *cos_sin)[1]
+    return torch.cat([turned, x[..., width:]], dim=-1)
 
 
 @attrs.frozen(eq=False)
 class _Handler:
     """Serves the watches of one attention module."""
 
-    scores: Watch | None
-    pattern: Watch | None
-
-    @property
-    def watches(self) -> list[Watch]:
-        return [watch for watch in (self.scores, self.pattern) if watch is not None]
+    path: str
+    run: "Run"
+    watches: dict[str, Watch]
 
     def __call__(
         self,
@@ -133,138 +206,107 @@ class _Handler:
         mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Run HF's kernel, the transparent one beside it, or the transparent one alone."""
+        """Fire on what the kernel receives; run HF's kernel, the transparent one beside it, or that one alone."""
+        if "q" in self.watches:
+            query = _fire_heads(self.watches["q"], query)
+        if "k" in self.watches and not self.run.now.scratch.pop((self.path, "k"), False):
+            key = _fire_heads(self.watches["k"], key)
+        repeated = self._repeated(module, query, key, value)
+        if repeated is None:
+            return self._attend(kernel, eager, module, query, key, value, mask, kwargs)
+        own_module, keys, values, is_edited = repeated
+        if is_edited:
+            return self._attend(kernel, eager, own_module, query, keys, values, mask, kwargs)
+        # Both draw the same dropout, and the generator moves on once.
+        random: Any = torch.random
+        with random.fork_rng(enabled=bool(kwargs.get("dropout"))):
+            output, *rest = self._attend(kernel, eager, own_module, query, keys, values, mask, kwargs)
+        own, *rest = kernel(module, query, key, value, mask, **kwargs)
+        changed = any(watch.edited for part, watch in self.watches.items() if part in ("scores", "pattern"))
+        return (output if changed else with_gradient_of(output, own), *rest)
+
+    def _attend(
+        self,
+        kernel: Callable[..., Any],
+        eager: Callable[..., Any] | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the kernel, with scores and pattern looked at where they are asked for."""
+        scores, pattern = self.watches.get("scores"), self.watches.get("pattern")
+        watches = [watch for watch in (scores, pattern) if watch is not None]
+        if not watches:
+            return kernel(module, query, key, value, mask, **kwargs)
         if eager is None or kernel is eager:  # HF runs the transparent kernel itself
-            with _Inside(self, is_real=True, masked=_masked_cells(mask)) as inside:
+            with InsideSoftmax(scores, pattern, is_real=True, masked=masked_cells(mask)) as inside:
                 result = kernel(module, query, key, value, mask, **kwargs)
             inside.check(module)
             return result
-        additive, length = _additive_mask(module, query, key, mask, kwargs, past=self.watches[0].run.now.past)
-        dropout = kwargs.get("dropout", 0.0)
-        functions = any(watch.entries for watch in self.watches)
-        needs_graph = any(watch.needs_graph for watch in self.watches)
+        additive, length = additive_mask(module, query, key, mask, kwargs, past=self.run.now.past)
+        functions = any(watch.entries for watch in watches)
+        needs_graph = any(watch.needs_graph for watch in watches)
         explicit = None
-        inside = _Inside(
-            self, is_real=False, masked=_masked_cells(additive), stop_at_pattern=not (functions or needs_graph)
+        inside = InsideSoftmax(
+            scores, pattern, is_real=False, masked=masked_cells(additive), stops=not (functions or needs_graph)
         )
-        with torch.set_grad_enabled(needs_graph), suppress(_Enough), inside:
+        with torch.set_grad_enabled(needs_graph), suppress(Enough), inside:
             explicit = eager(module, query, key[:, :, :length], value[:, :, :length], additive, **kwargs)[0]
         inside.check(module)
-        if explicit is not None and (inside.is_edited or (inside.is_rerouted and dropout)):
+        if explicit is not None and (inside.is_edited or (inside.is_rerouted and kwargs.get("dropout", 0.0))):
             return explicit.contiguous(), None
         output, *rest = kernel(module, query, key, value, mask, **kwargs)
         if explicit is not None and inside.is_rerouted:
             output = with_gradient_of(explicit, output)
         return (output, *rest)
 
+    def _repeated(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[nn.Module, Tensor, Tensor, bool] | None:
+        """Give keys and values for each query head and a module that does not repeat them; None where nothing asks."""
+        scratch = self.run.now.scratch
+        overrides = {part: scratch.pop((self.path, f"{part}_rep"), None) for part in "kv"}
+        if not any(overrides.values()) and not self.watches.keys() & {"k_rep", "v_rep"}:
+            return None
+        is_edited = is_rerouted = False
+        new: list[Tensor] = []
+        for part, tensor in (("k", key), ("v", value)):
+            groups = query.shape[1] // tensor.shape[1]
+            repeated = tensor.repeat_interleave(groups, dim=1)
+            override, watch = overrides[part], self.watches.get(f"{part}_rep")
+            if override is not None:
+                repeated = _overridden(module, repeated, override, total=self.run.now.total)
+                is_edited, is_rerouted = is_edited or override.edited, True
+            if watch is not None:
+                repeated = self._fire_repeated(watch, repeated)
+                is_edited, is_rerouted = is_edited or watch.edited, is_rerouted or watch.rerouted
+            new.append(repeated)
+        if not is_edited and not is_rerouted:
+            return None
+        own: Any = copy.copy(module)
+        own.num_key_value_groups = 1
+        return own, new[0], new[1], is_edited
 
-class _Inside(TorchFunctionMode):
-    """Intercept the one softmax of an eager attention function, and the dropout after it."""
-
-    def __init__(
-        self, handler: _Handler, *, is_real: bool, masked: Bool[Tensor, "..."] | None, stop_at_pattern: bool = False
-    ) -> None:
-        super().__init__()
-        self.handler = handler
-        self.is_real = is_real
-        self.masked = masked
-        self.stop_at_pattern = stop_at_pattern
-        self.softmaxes = 0
-
-    @property
-    def is_edited(self) -> bool:
-        return any(watch.edited for watch in self.handler.watches)
-
-    @property
-    def is_rerouted(self) -> bool:
-        return any(watch.rerouted for watch in self.handler.watches)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in SOFTMAXES:
-            return self._softmax(func, args, kwargs)
-        if func in DROPOUTS and not self.is_real and not self.is_edited and not self.is_rerouted:
-            return args[0] if args else kwargs["input"]  # beside the model: draw no random numbers
-        return func(*args, **kwargs)
-
-    def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        self.softmaxes += 1
-        scores, rest = args[0], args[1:]
-        watch = self.handler.scores
-        keys = scores.shape[-1]
-        if watch is not None:
-            keys = min(keys, watch.run.now.total)
-            scores = _fire_scores(watch, scores, keys, self.masked)
-        pattern = func(scores, *rest, **kwargs)
-        watch = self.handler.pattern
-        if watch is not None:
-            keys = min(pattern.shape[-1], watch.run.now.total)
-            shown = pattern if keys == pattern.shape[-1] else pattern[..., :keys]
-            new = watch.fire(shown, beside=True)
-            if new is not shown or (watch.rerouted and shown is not pattern):
-                pattern = new if shown is pattern else torch.cat([new, pattern[..., keys:]], dim=-1)
-        if self.stop_at_pattern:
-            raise _Enough
-        return pattern
-
-    def check(self, module: nn.Module) -> None:
-        """Raise when the eager function did not compute one softmax."""
-        if self.softmaxes != 1:
-            raise UnsupportedHookError(
-                f"the eager attention of {type(module).__name__} computed {self.softmaxes} softmaxes where one was "
-                "expected; scores and pattern cannot be told apart there"
-            )
+    def _fire_repeated(self, watch: Watch, repeated: Float[Tensor, "batch n_heads slots d_head"]) -> Tensor:
+        """Fire on the keys that are real, `[batch, key, n_heads, d_head]`; a static cache has unused slots."""
+        n_keys = min(repeated.shape[2], self.run.now.total)
+        shown = repeated[:, :, :n_keys].transpose(1, 2)
+        value = watch.fire(shown, beside=True)
+        if not watch.edited and not watch.rerouted:
+            return repeated
+        return torch.cat([value.transpose(1, 2), repeated[:, :, n_keys:]], dim=2)
 
 
-def _fire_scores(watch: Watch, scores: Tensor, keys: int, masked: Tensor | None) -> Tensor:
-    """Show scores with -inf in masked cells; HF's own finite number goes back where a function left -inf."""
-    real = scores if keys == scores.shape[-1] else scores[..., :keys]
-    hidden = None if masked is None else masked[..., :keys].expand_as(real)
-    shown = real if hidden is None else real.masked_fill(hidden, float("-inf"))
-    new = watch.fire(shown, beside=True)
-    if new is shown and not watch.rerouted:
-        return scores
-    # -inf is for show: HF's numbers are finite, so that a row which may see nothing is uniform and not NaN.
-    lowest = torch.finfo(real.dtype).min
-    finite = new.masked_fill(new.isneginf(), lowest)
-    new = finite if hidden is None else torch.where(hidden & new.isneginf(), real.detach(), finite)
-    return new if keys == scores.shape[-1] else torch.cat([new, scores[..., keys:]], dim=-1)
-
-
-def _masked_cells(mask: Tensor | None) -> Bool[Tensor, "..."] | None:
-    """Find the cells that an additive mask closes."""
-    if mask is None:
-        return None
-    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
-
-
-def _additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], *, past: int
-) -> tuple[Float[Tensor, "batch heads query key"] | None, int]:
-    """Bring the mask of any kernel to the additive form of the eager one; also give the number of keys it covers.
-
-    SDPA's is additive, boolean or None, flash attention's a padding mask `[batch, key]` or None, flex attention's a
-    `BlockMask`. None means causal where the module is and more than one position asks.
-    """
-    n_query, n_key = query.shape[2], key.shape[2]
-    if mask is not None and not isinstance(mask, Tensor):
-        from torch.nn.attention.flex_attention import create_mask
-
-        mask = create_mask(mask.mask_mod, query.shape[0], None, n_query, n_key, device=str(query.device))
-    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
-        return mask, mask.shape[-1]
-    if mask is not None and mask.ndim == 4:
-        closed, length = ~mask, mask.shape[-1]
-    else:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        length = min(n_key, past + n_query) if mask is None and causal else n_key
-        keys = torch.arange(length, device=query.device)
-        queries = torch.arange(n_query, device=query.device)[:, None] + (length - n_query)
-        closed = (keys > queries)[None, None] if causal else torch.zeros_like(keys > queries)[None, None]
-        if mask is not None:
-            closed = closed | ~mask[:, None, None, :length].bool()
-        elif n_query == 1 or not causal:
-            return None, length if causal else n_key
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros_like(closed, dtype=query.dtype).masked_fill(closed, lowest), length
+def _overridden(module: nn.Module, repeated: Tensor, override: Override, *, total: int) -> Tensor:
+    """Put some heads' own keys or values at this call's positions, which are the last real ones."""
+    values = override.values.transpose(1, 2)  # batch some pos d_head
+    if override.rotary is not None:
+        values = rotated(module, values, override.rotary)
+    end = min(repeated.shape[2], total)
+    start = end - values.shape[2]
+    middle = repeated[:, :, start:end].clone()
+    middle[:, list(override.heads)] = values
+    return torch.cat([repeated[:, :, :start], middle, repeated[:, :, end:]], dim=2)

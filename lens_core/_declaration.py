@@ -1,15 +1,16 @@
 """What an architecture declares about one HF config: where everything is, and what it means."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from lens_core._norms import NormKind
 from lens_core.hook_points import HookPoint
 from lens_core.weights import WeightView
 
-__all__ = ["Declaration", "LensConfig", "NormPlace"]
+__all__ = ["CallInput", "Declaration", "LensConfig", "NormPlace"]
 
 
 @attrs.frozen(kw_only=True)
@@ -20,12 +21,14 @@ class LensConfig:
     model_type: str
     n_layers: int
     d_model: int
-    n_heads: int
-    d_head: int
+    n_heads: int | None = None
+    """None where nothing has heads, as in Mamba; Mamba-2 has heads of `head_dim`, and no `d_head`."""
+    d_head: int | None = None
     n_key_value_heads: int | None = None
     d_mlp: int | None = None
     d_vocab: int
-    n_ctx: int
+    n_ctx: int | None = None
+    """The most positions the model takes; None for no limit."""
     act_fn: str | None = None
     eps: float
     normalization_type: str
@@ -34,6 +37,19 @@ class LensConfig:
     attn_only: bool = False
     gated_mlp: bool = False
     parallel_attn_mlp: bool = False
+    d_inner: int | None = None
+    """Channels of an SSM mixer."""
+    d_state: int | None = None
+    d_conv: int | None = None
+    """Width of an SSM mixer's convolution."""
+    dt_rank: int | None = None
+    n_groups: int | None = None
+    """Groups of SSM heads that share B and C."""
+    head_dim: int | None = None
+    """Width of an SSM head."""
+    chunk_size: int | None = None
+    n_experts: int | None = None
+    experts_per_token: int | None = None
     dtype: Any = None
     """The checkpoint's own dtype unless another was asked for."""
     device: Any = None
@@ -46,14 +62,22 @@ class LensConfig:
     @property
     def sizes(self) -> Mapping[str, int]:
         """Sizes of the axes that do not depend on the input, in the words of `lens_core.shapes`."""
-        return {
+        sizes = {
             "d_model": self.d_model,
             "n_heads": self.n_heads,
             "n_kv_heads": self.n_key_value_heads or self.n_heads,
             "d_head": self.d_head,
-            "d_mlp": self.d_mlp or 0,
+            "d_mlp": self.d_mlp,
             "d_vocab": self.d_vocab,
+            "d_inner": self.d_inner,
+            "d_state": self.d_state,
+            "dt_rank": self.dt_rank,
+            "n_groups": self.n_groups,
+            "head_dim": self.head_dim,
+            "n_experts": self.n_experts,
+            "k": self.experts_per_token,
         }
+        return {axis: size or 0 for axis, size in sizes.items()}
 
 
 @attrs.frozen(kw_only=True)
@@ -62,6 +86,19 @@ class NormPlace:
 
     path: str
     kind: NormKind
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class CallInput:
+    """What one call of the HF model is about to be given, for the architecture to read."""
+
+    mask: Tensor | None
+    """1 for real tokens `[batch, past + n_pos]`; None where nothing is padding."""
+    past: int
+    """Positions before this call's, in the model's cache."""
+    n_pos: int
+    continues: bool
+    """Whether a cache is filled, from which later calls go on."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -74,6 +111,8 @@ class Declaration:
     blocks: str
     """The list of blocks."""
     embed: str
+    embed_scale: float = 1.0
+    """A factor on the embedding module's output, outside of it."""
     unembed: str
     norms: Mapping[str, NormPlace]
     """By hook name: `ln1`, `ln2`, `ln_final`, ..."""
@@ -85,5 +124,8 @@ class Declaration:
     """Hook points that sum to the first block's input."""
     weights: tuple[WeightView, ...]
     aliases: Mapping[str, str] = attrs.field(factory=dict[str, str])
+    read_call: Callable[[CallInput], Tensor | None] | None = None
+    """Gives the padding mask that HF is to have, or raises an `InputError` for a call that HF would compute wrongly;
+    None hands every mask on."""
     has_absolute_positions: bool = False
     """Whether position ids must be derived from a padding mask."""

@@ -1,6 +1,6 @@
 """Seams of single heads: their own copies of the attention's input, and what each writes."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -9,17 +9,30 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_core._attention import Override, attention_steps
 from lens_core._call import ModuleCall
 from lens_core._graph import with_gradient_of
 from lens_core._linear import linear_weight
-from lens_core._plan import ModuleStep
+from lens_core._plan import ModuleStep, SlotStep
 from lens_core._views import Columns
 from lens_core._watch import Watch
 
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["HeadInput", "HeadResult"]
+__all__ = ["HeadInput", "HeadResult", "Projection"]
+
+
+@attrs.frozen(kw_only=True)
+class Projection:
+    """Where one of q, k, v is computed: the module and its columns."""
+
+    path: str
+    columns: Columns
+    norm: str | None = None
+    """A norm between this projection and the rotary embedding."""
+    norm_is_whole: bool = False
+    """Whether that norm is over all heads together."""
 
 
 @attrs.frozen(kw_only=True)
@@ -27,82 +40,165 @@ class HeadInput:
     """Copies of the residual stream before the attention's norm, one per head; an edit reaches that head's q, k or v.
 
     An edited head's copy goes through the norm and its own columns of the projection; other heads stay as HF computed
-    them. `part` is `"attn"` (where q, k and v start from), `"q"`, `"k"` or `"v"`.
+    them. `part` is `"attn"` (where q, k and v start from), `"q"`, `"k"` or `"v"`. Under grouped-query attention
+    `"k_rep"` and `"v_rep"` are one copy per query head, which start from that group's copy: an edit reaches what that
+    query head sees, in this call only.
     """
 
-    part: Literal["attn", "q", "k", "v"]
-    norm: str
-    projections: tuple[tuple[str, str, Columns], ...] = attrs.field(repr=False)
-    """For q, k and v: the part, the projection's path, and its columns there."""
+    part: Literal["attn", "q", "k", "v", "k_rep", "v_rep"]
+    attention: str
+    norm: str | None = None
+    """The norm before attention; None where attention reads the residual stream itself."""
+    projections: Mapping[str, Projection] = attrs.field(repr=False, hash=False)
+    """By part: q, k and v."""
+    has_rotary: bool = False
 
     @property
     def group(self) -> Hashable:
         """All copies of one block belong together."""
-        return self.norm
+        return self.attention
 
-    def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[ModuleStep]:
-        """Copy before the norm's forward, override after each projection's."""
+    def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[ModuleStep | SlotStep]:
+        """Copy before the norm's forward, override after each projection's, and at the kernel for single heads."""
         by_part = {watch.point.seam.part: watch for watch in watches}
-        parts = [part for part, _, _ in self.projections if part in by_part or "attn" in by_part]
-        yield ModuleStep(path=self.norm, when="pre", act=lambda call: self._copy(by_part, parts, call))
-        for part, path, columns in self.projections:
-            if part in parts:
-                yield ModuleStep(path=path, when="post", act=lambda call, p=part, c=columns: self._override(p, c, call))
+        yield ModuleStep(
+            path=self.norm or self.attention, when="pre", act=lambda call: self._copy(by_part, call.input, call)
+        )
+        is_repeated = bool(by_part.keys() & {"k_rep", "v_rep"})
+        if is_repeated and self.has_rotary:
+            yield ModuleStep(path=self.attention, when="pre", act=self._keep_rotary)
+        for part, projection in self.projections.items():
+            if by_part.keys() & {part, "attn", f"{part}_rep"}:
+                yield ModuleStep(path=projection.path, when="post", act=lambda call, p=part: self._override(p, call))
+        if is_repeated:
+            yield from attention_steps(self.attention, {}, run)
 
-    def _copy(self, watches: dict[str, Watch], parts: Sequence[str], call: ModuleCall) -> None:
-        residual = call.input
-        heads = {part: columns.heads or 1 for part, _, columns in self.projections}
-        start = residual.unsqueeze(2).expand(-1, -1, heads["q"], -1)
-        is_edited = is_rerouted = False
+    def _keep_rotary(self, call: ModuleCall) -> None:
+        call.run.now.scratch[self.attention, "rotary"] = call.kwargs["position_embeddings"]
+
+    def _copy(self, watches: Mapping[str, Watch], residual: Tensor, call: ModuleCall) -> None:
+        heads = {part: projection.columns.heads or 1 for part, projection in self.projections.items()}
+        start = _Copies(tensor=residual.unsqueeze(2).expand(-1, -1, heads["q"], -1), source=residual)
         if "attn" in watches:
-            start = watches["attn"].fire(start, beside=True)
-            is_edited, is_rerouted = watches["attn"].edited, watches["attn"].rerouted
-        norm = call.module
-        for part in parts:
-            copies = start if heads[part] == heads["q"] else residual.unsqueeze(2).expand(-1, -1, heads[part], -1)
-            part_edited, part_rerouted = is_edited, is_rerouted
+            start = start.fired(watches["attn"])
+        for part in self.projections:
+            copies = start if heads[part] == heads["q"] else start.of_heads(heads[part])
             if part in watches:
-                copies = watches[part].fire(copies, beside=True)
-                part_edited = part_edited or watches[part].edited
-                part_rerouted = part_rerouted or watches[part].rerouted
-            if part_edited or part_rerouted:
-                call.run.now.scratch[self.norm, part] = (norm, residual, copies, part_edited, part_rerouted)
+                copies = copies.fired(watches[part])
+            repeated = None
+            if f"{part}_rep" in watches:
+                repeated = copies.repeated(heads["q"] // heads[part]).fired(watches[f"{part}_rep"])
+            call.run.now.scratch[self.attention, f"{part}_input"] = (copies, repeated)
 
-    def _override(self, part: str, columns: Columns, call: ModuleCall) -> None:
-        found = call.run.now.scratch.pop((self.norm, part), None)
+    def _override(self, part: str, call: ModuleCall) -> None:
+        found: tuple[_Copies, _Copies | None] | None
+        found = call.run.now.scratch.pop((self.attention, f"{part}_input"), None)
         if found is None:
             return
-        norm, residual, copies, is_edited, is_rerouted = found
-        edited = [
-            head for head in range(copies.shape[2]) if is_edited and not torch.equal(copies[:, :, head], residual)
-        ]
-        heads = list(range(copies.shape[2])) if is_rerouted else edited
-        if not heads:
-            return
-        normed = norm.forward(copies[:, :, heads])  # not __call__: the norm's own hooks have fired
+        copies, repeated = found
+        if copies.edited_heads or copies.rerouted:
+            call.result = self._with_heads(part, copies, call)
+        if repeated is not None and (repeated.edited_heads or repeated.rerouted):
+            scratch = call.run.now.scratch
+            scratch[self.attention, f"{part}_rep"] = self._override_of(part, repeated, call)
+
+    def _with_heads(self, part: str, copies: "_Copies", call: ModuleCall) -> Tensor:
+        """Put the edited heads' own projections in place of HF's."""
+        columns = self.projections[part].columns
+        edited = copies.edited_heads
+        heads = list(range(copies.tensor.shape[2])) if copies.rerouted else edited
         shown = columns.read(call.result, call.run)
         explicit = shown.clone()
-        explicit[:, :, heads] = _project_heads(call.module, normed, columns, heads)
+        explicit[:, :, heads] = self._projected(part, copies, heads, heads, call)
         bits = shown.detach().clone()
         bits[:, :, edited] = explicit.detach()[:, :, edited]
-        call.result = columns.write(call.result, with_gradient_of(explicit, bits) if is_rerouted else bits)
+        return columns.write(call.result, with_gradient_of(explicit, bits) if copies.rerouted else bits)
+
+    def _override_of(self, part: str, copies: "_Copies", call: ModuleCall) -> Override:
+        """Compute the keys or values that some query heads see, from their own copies."""
+        projection = self.projections[part]
+        edited = copies.edited_heads
+        heads = list(range(copies.tensor.shape[2])) if copies.rerouted else edited
+        groups = copies.tensor.shape[2] // (projection.columns.heads or 1)
+        own = [head // groups for head in heads]
+        values = self._projected(part, copies, heads, own, call)
+        if projection.norm is not None and projection.norm_is_whole:
+            whole = projection.columns.read(call.result, call.run)
+            values = torch.stack(
+                [
+                    _normed_whole(call.run.module(projection.norm), whole, values[:, :, index], head)
+                    for index, head in enumerate(own)
+                ],
+                dim=2,
+            )
+        elif projection.norm is not None:
+            values = call.run.module(projection.norm).forward(values)
+        rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
+        return Override(heads=heads, values=values, edited=bool(edited), rotary=rotary)
+
+    def _projected(
+        self, part: str, copies: "_Copies", heads: Sequence[int], own: Sequence[int], call: ModuleCall
+    ) -> Tensor:
+        """Norm the copies of some heads and project each by the columns of `own`."""
+        normed = copies.tensor[:, :, heads]
+        if self.norm is not None:
+            normed = call.run.module(self.norm).forward(normed)  # not __call__: the norm's own hooks have fired
+        return _project_heads(call.module, normed, self.projections[part].columns, own)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Copies:
+    """One copy of the residual stream for each head, and what functions did to them."""
+
+    tensor: Float[Tensor, "batch pos heads d_model"]
+    source: Float[Tensor, "batch pos d_model"]
+    edited: bool = False
+    rerouted: bool = False
+
+    @property
+    def edited_heads(self) -> list[int]:
+        """The heads whose copy holds other bits than the residual stream."""
+        if not self.edited:
+            return []
+        return [h for h in range(self.tensor.shape[2]) if not torch.equal(self.tensor[:, :, h], self.source)]
+
+    def fired(self, watch: Watch) -> "_Copies":
+        """Pass the copies through a watch."""
+        tensor = watch.fire(self.tensor, beside=True)
+        return attrs.evolve(
+            self, tensor=tensor, edited=self.edited or watch.edited, rerouted=self.rerouted or watch.rerouted
+        )
+
+    def of_heads(self, heads: int) -> "_Copies":
+        """Start anew with another number of heads."""
+        return _Copies(tensor=self.source.unsqueeze(2).expand(-1, -1, heads, -1), source=self.source)
+
+    def repeated(self, groups: int) -> "_Copies":
+        """Give each query head of a group that group's copy."""
+        return attrs.evolve(self, tensor=self.tensor.repeat_interleave(groups, dim=2), edited=False, rerouted=False)
+
+
+def _normed_whole(module: Any, whole: Tensor, own: Tensor, head: int) -> Tensor:
+    """Norm all heads together with one head's values replaced, and give that head's."""
+    replaced = torch.cat([whole[:, :, :head], own[:, :, None], whole[:, :, head + 1 :]], dim=2)
+    return module.forward(replaced.flatten(2)).view_as(replaced)[:, :, head]
 
 
 def _project_heads(
-    module: Any, normed: Float[Tensor, "batch pos some d_model"], columns: Columns, heads: Sequence[int]
+    module: Any, inputs: Float[Tensor, "batch pos some d_model"], columns: Columns, heads: Sequence[int]
 ) -> Float[Tensor, "batch pos some d_head"]:
-    """Apply each head's own columns of a projection to that head's input."""
+    """Apply one head's columns of a projection to each input."""
     with linear_weight(module) as linear:
-        if linear is None:  # quantised or adapted: only the module knows its weight; each head keeps its own columns
+        if linear is None:  # quantised or adapted: only the module knows its weight; each keeps its own head's columns
             full = [
-                module.forward(normed[:, :, index])[..., columns.start : columns.stop] for index in range(len(heads))
+                module.forward(inputs[:, :, index])[..., columns.start : columns.stop] for index in range(len(heads))
             ]
             width = (columns.stop - columns.start) // (columns.heads or 1)
             return torch.stack([f.unflatten(-1, (-1, width))[:, :, h] for f, h in zip(full, heads, strict=True)], dim=2)
         weight, bias = linear
         n_heads = columns.heads or 1
         own = rearrange(weight[:, columns.start : columns.stop], "d (h e) -> d h e", h=n_heads)[:, heads]
-        out = torch.einsum("bphd,dhe->bphe", normed, own)
+        out = torch.einsum("bphd,dhe->bphe", inputs, own)
         if bias is not None:
             out = out + rearrange(bias[columns.start : columns.stop], "(h e) -> h e", h=n_heads)[heads]
         return out

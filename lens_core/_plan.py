@@ -166,15 +166,12 @@ class Run:
         for watch in self.watches:
             seam: SeamLike = watch.point.seam
             groups.setdefault((type(seam), seam.group), []).append(watch)
-        steps: list[ModuleStep | SlotStep] = [*self._boundary_steps()]
+        from lens_core._boundary import boundary_steps, closing_steps
+
+        steps: list[ModuleStep | SlotStep] = [*boundary_steps(self)]
         for watches in groups.values():
             steps.extend(watches[0].point.seam.steps(watches, self))
-        return steps
-
-    def _boundary_steps(self) -> Iterator[ModuleStep | SlotStep]:
-        from lens_core._boundary import boundary_steps
-
-        yield from boundary_steps(self)
+        return [*steps, *closing_steps(self)]
 
     # ------------------------------------------------------------------ installing
 

@@ -9,7 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["WHOLE", "Columns", "View", "Whole"]
+__all__ = ["WHOLE", "Columns", "HeadsFirst", "View", "Whole"]
 
 
 @runtime_checkable
@@ -58,6 +58,19 @@ class Columns:
         if self.start == 0 and self.stop == tensor.shape[-1]:
             return flat
         return torch.cat([tensor[..., : self.start], flat, tensor[..., self.stop :]], dim=-1)
+
+
+@attrs.frozen(kw_only=True)
+class HeadsFirst:
+    """A tensor `[batch, heads, pos, d_head]`, shown as `[batch, pos, heads, d_head]`."""
+
+    def read(self, tensor: Tensor, run: "Run") -> Tensor:
+        """Show positions first, as a view."""
+        return tensor.transpose(1, 2)
+
+    def write(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Put the heads first again, in the layout that the tensor had."""
+        return torch.empty_like(tensor).copy_(value.transpose(1, 2))
 
 
 WHOLE = Whole()

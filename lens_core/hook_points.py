@@ -70,9 +70,9 @@ class HookPoint:
 
     @property
     def position_axis(self) -> int | None:
-        """Which axis is this call's positions: `pos`, or `query` in scores and patterns."""
-        axis = axis_index(self.shape, name="pos")
-        return axis_index(self.shape, name="query") if axis is None else axis
+        """Which axis an entry's positions name: `pos`, `query` in scores and patterns, else `key`."""
+        found = (axis_index(self.shape, name=name) for name in ("pos", "query", "key"))
+        return next((axis for axis in found if axis is not None), None)
 
     @property
     def part(self) -> str:

@@ -27,23 +27,31 @@ from lens_core._descriptor import API_VERSION, Architecture, Capability, Capabil
 from lens_core._hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from lens_core._declaration import Declaration, LensConfig, NormPlace
     from lens_core._call import ModuleCall
+    from lens_core._declaration import CallInput, Declaration, LensConfig, NormPlace
     from lens_core._functions import Slot, function_slot
     from lens_core._graph import with_gradient_of
+    from lens_core._mixer import InsideMixer, MixerCall, MixerKernel
     from lens_core._norms import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
     from lens_core._plan import ModuleStep, Run, SlotStep
+    from lens_core._recurrence import walk, walk_segments
     from lens_core._watch import Watch
     from lens_core.hook_points import HookPoint
     from lens_core.seams import (
         Attention,
+        BranchInput,
         Columns,
         Embedding,
+        ExpertOutput,
         HeadInput,
         HeadResult,
+        HeadsFirst,
         ModuleInput,
         ModuleOutput,
         NormInside,
+        Projection,
+        Router,
+        ScaledBranch,
         Seam,
         Tokens,
         Unembedding,
@@ -60,15 +68,22 @@ __all__ = [
     "RMS_NORM_OFFSET",
     "Architecture",
     "Attention",
+    "BranchInput",
+    "CallInput",
     "Capability",
     "CapabilitySupport",
     "Columns",
     "Declaration",
     "Embedding",
+    "ExpertOutput",
     "HeadInput",
     "HeadResult",
+    "HeadsFirst",
     "HookPoint",
+    "InsideMixer",
     "LensConfig",
+    "MixerCall",
+    "MixerKernel",
     "ModuleCall",
     "ModuleInput",
     "ModuleOutput",
@@ -76,7 +91,10 @@ __all__ = [
     "NormInside",
     "NormKind",
     "NormPlace",
+    "Projection",
+    "Router",
     "Run",
+    "ScaledBranch",
     "Seam",
     "Slot",
     "SlotStep",
@@ -89,30 +107,40 @@ __all__ = [
     "Whole",
     "function_slot",
     "hookimpl",
+    "walk",
+    "walk_segments",
     "with_gradient_of",
 ]
 
 _LAZY = {  # name -> the module that defines it
-    **dict.fromkeys(("Declaration", "LensConfig", "NormPlace"), "lens_core._declaration"),
+    **dict.fromkeys(("CallInput", "Declaration", "LensConfig", "NormPlace"), "lens_core._declaration"),
     **dict.fromkeys(
         ("LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "NormKind"), "lens_core._norms"
     ),
     # For a seam of a plugin's own: an object with `group` and `steps`, as those of `lens_core.seams`.
     **dict.fromkeys(("ModuleStep", "Run", "SlotStep"), "lens_core._plan"),
     **dict.fromkeys(("Slot", "function_slot"), "lens_core._functions"),
+    **dict.fromkeys(("InsideMixer", "MixerCall", "MixerKernel"), "lens_core._mixer"),
+    **dict.fromkeys(("walk", "walk_segments"), "lens_core._recurrence"),
     "ModuleCall": "lens_core._call",
     "Watch": "lens_core._watch",
     "with_gradient_of": "lens_core._graph",
     **dict.fromkeys(
         (
             "Attention",
+            "BranchInput",
             "Columns",
             "Embedding",
+            "ExpertOutput",
             "HeadInput",
             "HeadResult",
+            "HeadsFirst",
             "ModuleInput",
             "ModuleOutput",
             "NormInside",
+            "Projection",
+            "Router",
+            "ScaledBranch",
             "Seam",
             "Tokens",
             "Unembedding",

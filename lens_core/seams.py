@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from lens_core._attention import Attention
+from lens_core._branches import BranchInput, ScaledBranch
 from lens_core._call import ModuleCall
+from lens_core._experts import ExpertOutput, Router
 from lens_core._graph import with_gradient_of
-from lens_core._heads import HeadInput, HeadResult
+from lens_core._heads import HeadInput, HeadResult, Projection
 from lens_core._norms import NormKind
 from lens_core._plan import ModuleStep, SlotStep
-from lens_core._views import WHOLE, Columns, View, Whole
+from lens_core._unembedding import Unembedding
+from lens_core._views import WHOLE, Columns, HeadsFirst, View, Whole
 from lens_core._watch import Watch
 
 if TYPE_CHECKING:
@@ -25,13 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attention",
+    "BranchInput",
     "Columns",
     "Embedding",
+    "ExpertOutput",
     "HeadInput",
     "HeadResult",
+    "HeadsFirst",
     "ModuleInput",
     "ModuleOutput",
     "NormInside",
+    "Projection",
+    "Router",
+    "ScaledBranch",
     "Seam",
     "Tokens",
     "Unembedding",
@@ -176,61 +185,6 @@ class Embedding:
             if value is not given:
                 call.kwargs = {**call.kwargs, "inputs_embeds": value}
                 call.input_changed = True
-
-
-@attrs.frozen(kw_only=True)
-class Unembedding:
-    """What the unembedding receives and returns, for all positions of the call.
-
-    HF may compute the last positions only (`logits_to_keep`, as `generate` does with a prompt). The others are then
-    computed beside, for the eyes of hooks and caches; what HF goes on with keeps its bits.
-    """
-
-    base: str
-    path: str
-    part: Literal["in", "out"]
-
-    @property
-    def group(self) -> Hashable:
-        """Input and outputs of one unembedding belong together."""
-        return self.path
-
-    def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[ModuleStep]:
-        """Keep the base model's output, fire before the unembedding's forward, and after."""
-        before = [watch for watch in watches if watch.point.seam.part == "in"]
-        after = [watch for watch in watches if watch.point.seam.part == "out"]
-        yield ModuleStep(path=self.base, when="post", act=self._keep)
-        yield ModuleStep(path=self.path, when="pre", act=lambda call: self._before(before, call))
-        if after:
-            yield ModuleStep(path=self.path, when="post", act=lambda call: self._after(after, call))
-
-    def _keep(self, call: ModuleCall) -> None:
-        call.run.now.scratch[self.path] = call.result
-
-    def _before(self, watches: Sequence[Watch], call: ModuleCall) -> None:
-        kept, scratch = call.input, call.run.now.scratch
-        n_kept, n_pos = kept.shape[1], call.run.now.n_pos
-        full = kept if n_kept == n_pos else scratch[self.path]
-        value = full
-        for watch in watches:
-            value = watch.fire(value)
-        scratch[self.path] = value
-        if value is not full or (watches and watches[0].rerouted):
-            call.input = value[:, n_pos - n_kept :]
-
-    def _after(self, watches: Sequence[Watch], call: ModuleCall) -> None:
-        own = call.result
-        n_kept, n_pos = own.shape[1], call.run.now.n_pos
-        full = own
-        if n_kept != n_pos:
-            with torch.set_grad_enabled(any(watch.needs_graph for watch in watches)):
-                earlier = call.module.forward(call.run.now.scratch[self.path][:, : n_pos - n_kept])
-            full = torch.cat([earlier, own], dim=1)
-        value = full
-        for watch in watches:
-            value = watch.fire(value)
-        if value is not full or (full is not own and any(watch.rerouted for watch in watches)):
-            call.result = value[:, n_pos - n_kept :]
 
 
 # ---------------------------------------------------------------------- inside a norm

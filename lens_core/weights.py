@@ -33,6 +33,8 @@ class WeightView:
     pattern: str | None = None
     """An einops pattern, such as `"d (h e) -> h d e"`."""
     sizes: Mapping[str, int] = attrs.field(factory=dict[str, int])
+    function: Callable[[Tensor], Tensor] | None = None
+    """What is made of the parameter (`A = -exp(A_log)`): the weight is then a new tensor, not a view."""
     width: int | None = None
     """Length of the zeros that stand for a missing bias."""
 
@@ -54,7 +56,8 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
     with loaded(module):
         tensor = getattr(module, view.part, None)
         if tensor is None:
-            return torch.zeros(view.width or 0, dtype=module.weight.dtype, device=module.weight.device)
+            zeros = torch.zeros(view.width or 0, dtype=module.weight.dtype, device=module.weight.device)
+            return rearrange(zeros, view.pattern, **view.sizes) if view.pattern else zeros
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise WeightError(
                 f"{view.name} of {type(module).__name__} is quantised or replaced; it has no plain weight to show. "
@@ -68,6 +71,8 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
             tensor = tensor.clone()  # a loaded copy: the module goes back to the meta device
     if view.columns is not None:
         tensor = tensor[..., slice(*view.columns)]
+    if view.function is not None:
+        tensor = view.function(tensor)
     return rearrange(tensor, view.pattern, **view.sizes) if view.pattern else tensor
 
 

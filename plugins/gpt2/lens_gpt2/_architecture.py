@@ -22,6 +22,7 @@ from lens_core.plugin import (
     ModuleOutput,
     NormInside,
     NormPlace,
+    Projection,
     Tokens,
     Unembedding,
     WeightView,
@@ -129,10 +130,12 @@ def _attention(point: Callable[..., HookPoint], layer: int, hf: str, config: Any
     attn, c_attn, c_proj = f"{hf}.attn", f"{hf}.attn.c_attn", f"{hf}.attn.c_proj"
     d, heads = config.n_embd, config.n_head
     q, k, v = (Columns(start=i * d, stop=(i + 1) * d, heads=heads) for i in range(3))
-    projections = (("q", c_attn, q), ("k", c_attn, k), ("v", c_attn, v))
+    projections = {
+        part: Projection(path=c_attn, columns=columns) for part, columns in zip("qkv", (q, k, v), strict=True)
+    }
 
     def head_input(part: str) -> HeadInput:
-        return HeadInput(part=part, norm=f"{hf}.ln_1", projections=projections)
+        return HeadInput(part=part, attention=attn, norm=f"{hf}.ln_1", projections=projections)
 
     for name, part, equation in (
         ("hook_attn_in", "attn", "a copy of resid_pre for each head, before ln1"),

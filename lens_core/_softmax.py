@@ -1,0 +1,159 @@
+"""The one softmax of an eager attention function, intercepted: its argument is the scores, its result the pattern.
+
+Every cast, scale and soft cap is then that model's own. The key axis that is shown has all real positions: unused slots
+of a static cache are trimmed, and keys that a sliding window's cache has dropped are shown as masked.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
+
+from lens_core._watch import Watch
+from lens_core.errors import UnsupportedHookError
+
+__all__ = ["Enough", "InsideSoftmax", "additive_mask", "masked_cells"]
+
+SOFTMAXES = (nn.functional.softmax, torch.softmax, Tensor.softmax)
+DROPOUTS = (nn.functional.dropout, torch.dropout)
+
+
+class Enough(Exception):  # noqa: N818 - not an error: leaves the eager function once the pattern is known
+    """The pattern is known and nothing after it is wanted."""
+
+
+class InsideSoftmax(TorchFunctionMode):
+    """Intercept the one softmax of an eager attention function, and the dropout after it."""
+
+    def __init__(
+        self,
+        scores: Watch | None,
+        pattern: Watch | None,
+        *,
+        is_real: bool,
+        masked: Bool[Tensor, "..."] | None,
+        stops: bool = False,
+    ) -> None:
+        """Serve these watches; `is_real` says that the result is the model's, `stops` that only the pattern matters."""
+        super().__init__()
+        self.scores, self.pattern = scores, pattern
+        self.is_real, self.masked, self.stops = is_real, masked, stops
+        self.softmaxes = 0
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether a function changed a value."""
+        return any(watch.edited for watch in (self.scores, self.pattern) if watch is not None)
+
+    @property
+    def is_rerouted(self) -> bool:
+        """Whether a value's place in autograd's graph matters."""
+        return any(watch.rerouted for watch in (self.scores, self.pattern) if watch is not None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SOFTMAXES:
+            return self._softmax(func, args, kwargs)
+        if func in DROPOUTS and not self.is_real and not self.is_edited and not self.is_rerouted:
+            return args[0] if args else kwargs["input"]  # beside the model: draw no random numbers
+        return func(*args, **kwargs)
+
+    def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        self.softmaxes += 1
+        scores, rest = args[0], args[1:]
+        if self.scores is not None:
+            scores = _fire_scores(self.scores, scores, self.masked)
+        pattern = func(scores, *rest, **kwargs)
+        if self.pattern is not None:
+            pattern = _fire_pattern(self.pattern, pattern)
+        if self.stops:
+            raise Enough
+        return pattern
+
+    def check(self, module: nn.Module) -> None:
+        """Raise when the eager function did not compute one softmax."""
+        if self.softmaxes != 1:
+            raise UnsupportedHookError(
+                f"the eager attention of {type(module).__name__} computed {self.softmaxes} softmaxes where one was "
+                "expected; scores and pattern cannot be told apart there"
+            )
+
+
+def _fire_pattern(watch: Watch, pattern: Float[Tensor, "batch heads query slots"]) -> Tensor:
+    keys, dropped = _real_keys(watch, pattern)
+    real = pattern if keys == pattern.shape[-1] else pattern[..., :keys]
+    shown = pad(real, (dropped, 0)) if dropped else real
+    new = watch.fire(shown, beside=True)
+    if new is shown and not (watch.rerouted and shown is not pattern):
+        return pattern
+    return _put_back(new[..., dropped:], pattern, keys)
+
+
+def _fire_scores(watch: Watch, scores: Tensor, masked: Tensor | None) -> Tensor:
+    """Show scores with -inf in masked cells; HF's own finite number goes back where a function left -inf."""
+    keys, dropped = _real_keys(watch, scores)
+    real = scores if keys == scores.shape[-1] else scores[..., :keys]
+    hidden = None if masked is None else masked[..., :keys].expand_as(real)
+    shown = real if hidden is None else real.masked_fill(hidden, float("-inf"))
+    shown = pad(shown, (dropped, 0), value=float("-inf")) if dropped else shown
+    new = watch.fire(shown, beside=True)
+    if new is shown and not watch.rerouted:
+        return scores
+    new = new[..., dropped:]
+    # -inf is for show: HF's numbers are finite, so that a row which may see nothing is uniform and not NaN.
+    lowest = torch.finfo(real.dtype).min
+    finite = new.masked_fill(new.isneginf(), lowest)
+    new = finite if hidden is None else torch.where(hidden & new.isneginf(), real.detach(), finite)
+    return _put_back(new, scores, keys)
+
+
+def _real_keys(watch: Watch, cells: Tensor) -> tuple[int, int]:
+    """Count the leading slots that hold real keys, and the earlier keys that the cache has dropped."""
+    total = watch.run.now.total
+    return min(cells.shape[-1], total), max(0, total - cells.shape[-1])
+
+
+def _put_back(new: Tensor, cells: Tensor, keys: int) -> Tensor:
+    return new if keys == cells.shape[-1] else torch.cat([new, cells[..., keys:]], dim=-1)
+
+
+def masked_cells(mask: Tensor | None) -> Bool[Tensor, "..."] | None:
+    """Find the cells that an additive mask closes."""
+    if mask is None:
+        return None
+    return ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+
+
+def additive_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], *, past: int
+) -> tuple[Float[Tensor, "batch heads query key"] | None, int]:
+    """Bring the mask of any kernel to the additive form of the eager one; also give the number of keys it covers.
+
+    SDPA's is additive, boolean or None, flash attention's a padding mask `[batch, key]` or None, flex attention's a
+    `BlockMask`. None means causal where the module is and more than one position asks.
+    """
+    n_query, n_key = query.shape[2], key.shape[2]
+    if mask is not None and not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import create_mask
+
+        mask = create_mask(mask.mask_mod, query.shape[0], None, n_query, n_key, device=str(query.device))
+    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+        return mask, mask.shape[-1]
+    if mask is not None and mask.ndim == 4:
+        closed, length = ~mask, mask.shape[-1]
+    else:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        length = min(n_key, past + n_query) if mask is None and causal else n_key
+        keys = torch.arange(length, device=query.device)
+        queries = torch.arange(n_query, device=query.device)[:, None] + (length - n_query)
+        closed = (keys > queries)[None, None] if causal else torch.zeros_like(keys > queries)[None, None]
+        if mask is not None:
+            closed = closed | ~mask[:, None, None, :length].bool()
+        elif n_query == 1 or not causal:
+            return None, length if causal else n_key
+    lowest = torch.finfo(query.dtype).min
+    return torch.zeros_like(closed, dtype=query.dtype).masked_fill(closed, lowest), length

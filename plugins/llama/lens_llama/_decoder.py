@@ -1,0 +1,102 @@
+"""What differs between Llama and its kin: one row for each model type, and Llama is the default.
+
+Source: `models/TYPE/modeling_TYPE.py` of transformers. Every type has q, k, v and an output projection in `self_attn`
+that calls HF's attention interface, an `mlp`, `input_layernorm` unless it norms after, and rotary embeddings. Rotary
+kind, base, scaling and rotated fraction, sliding windows, biases, soft caps of the scores and head counts are no
+fields: HF's own code does them, and the seams show the result.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import torch
+from torch import Tensor
+
+from lens_core.plugin import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
+
+__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse"]
+
+Norms: TypeAlias = Literal["pre", "sandwich", "post"]
+
+
+@attrs.frozen(kw_only=True)
+class Decoder:
+    """How one model type differs from Llama."""
+
+    norm: NormKind = RMS_NORM
+    norms: Norms = "pre"
+    """Before each branch, before and after it, or after it only."""
+    ln2: str = "post_attention_layernorm"
+    qk_norm: Literal["none", "head", "heads_first", "whole"] = "none"
+    """Norms of queries and keys: of each head `[pos, heads, d_head]`, of `[heads, pos, d_head]`, or of all heads."""
+    mlp: Literal["gated", "fused", "plain"] = "gated"
+    """`down(act(gate) * up)`, the same with gate and up in one projection, or `c_proj(act(c_fc))`."""
+    is_qkv_fused: bool = False
+    attn_added: str = "self_attn"
+    """The module whose output is what attention adds: a dropout in some types."""
+    mlp_added: str = "mlp"
+    expert_weights_dtype: str = "model"
+    embedding_factor: str | None = None
+    """The config field of a factor on embeddings, outside of any module."""
+    branch_factor: str | None = None
+    """The config field of a factor on both branches, outside of any module."""
+
+
+DECODERS: Mapping[str, Decoder] = {
+    "llama": Decoder(),
+    "mistral": Decoder(),
+    "qwen2": Decoder(),
+    "qwen3": Decoder(qk_norm="head"),
+    "phi3": Decoder(is_qkv_fused=True, mlp="fused", attn_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
+    "gemma": Decoder(norm=RMS_NORM_OFFSET),
+    "gemma2": Decoder(norm=RMS_NORM_OFFSET, norms="sandwich", ln2="pre_feedforward_layernorm"),
+    "gemma3_text": Decoder(
+        norm=RMS_NORM_OFFSET, norms="sandwich", ln2="pre_feedforward_layernorm", qk_norm="heads_first"
+    ),
+    "olmo2": Decoder(norm=RMS_NORM_GAIN_FIRST, norms="post", qk_norm="whole"),
+    "granite": Decoder(embedding_factor="embedding_multiplier", branch_factor="residual_multiplier"),
+    "smollm3": Decoder(),
+    "stablelm": Decoder(norm=LAYER_NORM, mlp_added="dropout"),
+    "starcoder2": Decoder(norm=LAYER_NORM, mlp="plain"),
+    "mixtral": Decoder(expert_weights_dtype="float32"),
+    "qwen3_moe": Decoder(qk_norm="head"),
+}
+
+
+def eps(config: Any) -> float:
+    """Give the norms' epsilon, under whichever name the type has it."""
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def is_parallel(config: Any) -> bool:
+    """Whether attention and MLP read the same normed stream (StableLM, where its config says so)."""
+    return getattr(config, "use_parallel_residual", False)
+
+
+def is_sparse(config: Any, layer: int) -> bool:
+    """Whether a layer's MLP is a mixture of experts (`Qwen3MoeDecoderLayer`; every layer of Mixtral)."""
+    if config.model_type == "mixtral":
+        return True
+    if config.model_type != "qwen3_moe" or layer in config.mlp_only_layers or config.num_experts == 0:
+        return False
+    return (layer + 1) % config.decoder_sparse_step == 0
+
+
+def has_rotary(config: Any, layer: int) -> bool:
+    """Whether a layer's queries and keys are rotated (SmolLM3 leaves some out)."""
+    chosen = getattr(config, "no_rope_layers", None)
+    return chosen is None or bool(chosen[layer])
+
+
+def finish(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Give what makes logits of the unembedding's output; None where nothing does.
+
+    Source: `Gemma2ForCausalLM.forward` (soft cap), `GraniteForCausalLM.forward` (divisor).
+    """
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None)
+    if cap is not None:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    return None if divisor is None else lambda logits: logits / divisor

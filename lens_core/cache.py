@@ -13,6 +13,7 @@ from lens_core._cache_sink import CacheSink, moved
 from lens_core._decomposition import sliced
 from lens_core._entries import Entries, Gradients
 from lens_core._positions import read_positions
+from lens_core.analysis import ssm_attention
 from lens_core.errors import ArgumentError, CacheError, NotCachedError
 from lens_core.hook_points import HookTable
 
@@ -226,6 +227,10 @@ class ActivationCache(Entries):
     get_full_resid_decomposition = _components.get_full_resid_decomposition
     logit_attrs = _logit_attrs.logit_attrs
     logit_directions = _logit_attrs.logit_directions
+
+    # ------------------------------------------------------------------ state-space layers
+
+    effective_attention = ssm_attention.effective_attention
 
     # ------------------------------------------------------------------ files
 

@@ -1,0 +1,115 @@
+"""Stopping gradients inside an SSM layer, so that what is left of it is linear.
+
+With the step sizes, B, C, the gate, the norms' scales and the convolution's activation held still, a mixer is a linear
+map of its input (plus its biases), and input times gradient is an exact attribution: it adds up to the output. No
+stop changes a bit of any value.
+
+| part | held still | hook point |
+|---|---|---|
+| `decay` | exp(delta A) | `mixer.hook_decay` |
+| `delta` | the step size: the decay and the write's strength | `mixer.hook_delta` |
+| `B`, `C` | what is written along, what is read along | `mixer.hook_B`, `mixer.hook_C` |
+| `gate` | SiLU(z) | `mixer.hook_gate` |
+| `scale` | the norms' scales: before the mixer, inside it (Mamba-2) and the final one | `norm.hook_scale`, ... |
+| `activation` | sigmoid(v) in SiLU(v) = sigmoid(v) v after the convolution | `mixer.hook_ssm_input` |
+
+Source: Jafari, Montavon, Müller and Eberle 2024 (MambaLRP, arXiv 2406.07592), who hold still exp(delta A), delta B, C,
+the activation and the scale, and at the gate halve the product's two gradients instead of stopping one of them.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from lens_core import edits
+from lens_core._arguments import checks_arguments
+from lens_core._graph import with_gradient_of
+from lens_core.analysis.ssm_knockout import Entry
+from lens_core.analysis.ssm_scan import read_layers
+from lens_core.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from lens_core.model import LensModel
+
+__all__ = ["FROZEN_PARTS", "FrozenPart", "frozen_share", "stop_gradients"]
+
+FrozenPart: TypeAlias = Literal["decay", "delta", "B", "C", "gate", "scale", "activation"]
+FROZEN_PARTS: tuple[FrozenPart, ...] = get_args(FrozenPart)
+"""All that has to stand still for a mixer to be linear; of these `decay` follows from `delta`."""
+
+
+@checks_arguments
+def stop_gradients(
+    model: "LensModel", parts: Sequence[FrozenPart] = FROZEN_PARTS, *, layers: Any = None
+) -> list[Entry]:
+    """Give hook entries that stop the gradient at some parts of SSM layers and change no value.
+
+    Args:
+        model: The model.
+        parts: Which; see the module's table. All of them make each mixer linear in its input, and, with the norms'
+            scales held still, the logits linear in the embeddings.
+        layers: An int or several; None for all that have an SSM mixer. The final norm's scale is held still with
+            `"scale"` whatever the layers.
+
+    Returns:
+        Entries for `run_with_hooks` and `hooks`.
+
+    Raises:
+        ArgumentError: No such part or layer.
+
+    Example:
+        >>> import lens_core as lens
+        >>> model = lens.load("toy:mamba")
+        >>> with model.hooks(fwd_hooks=stop_gradients(model)):
+        ...     _, cache = model.run_with_cache("the cat sat", return_type="loss", incl_bwd=True)
+        >>> float(cache.grad["delta_pre", 0].abs().max())
+        0.0
+    """
+    unknown = [part for part in parts if part not in FROZEN_PARTS]
+    if isinstance(parts, str) or unknown:
+        raise ArgumentError(f"parts are some of {', '.join(FROZEN_PARTS)}; got {parts!r}")
+    entries: list[Entry] = []
+    for layer in read_layers(model.table, layers):
+        block, mixer = f"blocks.{layer}.", f"blocks.{layer}.mixer.hook_"
+        stopped = [mixer + part for part in parts if part not in ("scale", "activation")]
+        if "scale" in parts:
+            scales = (f"{block}norm.hook_scale", f"{block}mixer.inner_norm.hook_scale")
+            stopped += [name for name in scales if name in model.table]
+        entries += [(name, edits.detach()) for name in stopped]
+        if "activation" in parts:
+            entries += _linear_activation(mixer)
+    if "scale" in parts:
+        entries.append(("ln_final.hook_scale", edits.detach()))
+    return entries
+
+
+def frozen_share(after: Tensor, before: Tensor) -> Tensor:
+    """Give what an activation function multiplied its input by, held still: sigmoid(v) for SiLU(v) = sigmoid(v) v.
+
+    It is the quotient of the two, and 0 where the input is 0; so a mask between them, which zeroes padding, is in it.
+
+    Example:
+        >>> v = torch.tensor([0.0, 2.0])
+        >>> frozen_share(torch.nn.functional.silu(v), v)
+        tensor([0.0000, 0.8808])
+    """
+    after, before = after.detach(), before.detach()
+    return torch.where(before == 0, 0.0, after / torch.where(before == 0, 1.0, before))
+
+
+def _linear_activation(mixer: str) -> list[Entry]:
+    """Let the gradient pass from x = SiLU(v) to v as through a multiplication by the sigmoid(v) of the run."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        kept["conv"] = tensor
+
+    def linear(x: Tensor, hook: Any) -> Tensor | None:
+        if not x.requires_grad:
+            return None
+        v = kept.pop("conv")[..., : x[0, 0].numel()].reshape(x.shape)
+        return with_gradient_of(frozen_share(x, v) * v, x)
+
+    return [(f"{mixer}conv", keep), (f"{mixer}ssm_input", linear)]

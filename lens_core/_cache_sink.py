@@ -59,8 +59,13 @@ class CacheSink:
         self.cache.forget_derived()
         call.sequences[self] = self._sequence
 
-    def store(self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool) -> None:
-        """Take a value; `is_foreign` says that a user's function holds it and may write to it."""
+    def store(
+        self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
+    ) -> None:
+        """Take a value; `is_foreign` says that a user's function holds it and may write to it.
+
+        `by_position` says that its gradient will come one position after the other.
+        """
         kept = self._sliced(value, point, call)
         if self.keeps_graph:
             kept = moved(kept, self._device, self._dtype)
@@ -72,19 +77,31 @@ class CacheSink:
                 kept = kept.clone(memory_format=torch.contiguous_format)
         self.cache.append(point.name, kept)
         if (self.keeps_graph or self.wants_gradient) and value.is_floating_point():
-            self.cache.grad.expect(point.name, call.past, kept)
+            if not by_position:
+                self.cache.grad.expect(point.name, call.past, kept)
+            else:
+                for position in range(call.n_pos):
+                    piece = self._sliced(value[:, position : position + 1], point, call, position)
+                    self.cache.grad.expect(point.name, call.past + position, piece)
 
-    def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call) -> None:
-        """Take the gradient of a value that was stored, unless another sequence has taken its place."""
+    def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call, *, position: int | None = None) -> None:
+        """Take the gradient of a value that was stored, unless another sequence has taken its place.
+
+        `position` says which of the call's positions it is about, where it is about one.
+        """
         if call.sequences.get(self) == self._sequence and self._cache() is not None:
-            self.cache.grad.add(point.name, call.past, self._sliced(gradient.detach(), point, call))
+            first = call.past + (position or 0)
+            self.cache.grad.add(point.name, first, self._sliced(gradient.detach(), point, call, position))
 
-    def _sliced(self, value: Tensor, point: HookPoint, call: Call) -> Tensor:
+    def _sliced(self, value: Tensor, point: HookPoint, call: Call, position: int | None = None) -> Tensor:
         axis = position_axis(point.shape)
         if self._pos_slice is None or axis is None:
             return value
         first = call.first_position(value.shape[axis])
         index = local_positions(self._pos_slice, first=first, total=call.total)
+        if position is not None:
+            whole = local_positions(self._pos_slice, first=call.past, total=call.total)
+            index = [0] if position in whole else []
         return value.index_select(axis, torch.tensor(index, dtype=torch.long, device=value.device))
 
 

@@ -92,8 +92,12 @@ class Sink(Protocol):
     def wants_gradient(self) -> bool: ...
 
     def begin(self, call: Call) -> None: ...
-    def store(self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool) -> None: ...
-    def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call) -> None: ...
+    def store(
+        self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
+    ) -> None: ...
+    def store_gradient(
+        self, point: HookPoint, gradient: Tensor, call: Call, *, position: int | None = None
+    ) -> None: ...
 
 
 class Watch:
@@ -134,29 +138,86 @@ class Watch:
         """Whether a value that is computed beside the model must be computed with gradients."""
         return torch.is_grad_enabled() and (bool(self.entries) or self.keeps_graph)
 
-    def fire(self, value: Tensor, *, beside: bool = False, is_written_in_place: bool = False) -> Tensor:
+    def fire(
+        self, value: Tensor, *, beside: bool = False, is_written_in_place: bool = False, real: Tensor | None = None
+    ) -> Tensor:
         """Pass a value through the hooks and into the caches; `edited` and `rerouted` tell what became of it.
 
         What is returned goes downstream. With nothing changed and nothing kept on the graph it is `value` itself.
         `beside` says that the value was computed beside the model, which needs `edited` to compare bits: an identity
         edit then leaves the model's own computation in place. `is_written_in_place` says that what changes is written
-        into the tensor itself, which must then not be given another name in the graph.
+        into the tensor itself, which must then not be given another name in the graph. `real` `[batch, pos]` is
+        False at padding, where the value stays as it was whatever a function returns.
         """
         call = self.run.now
         call.fired[self.name] = call.fired.get(self.name, 0) + 1
         self.edited = self.rerouted = False
         original = value
         for entry in self.entries:
-            value = self._apply(entry, value, call, beside=beside)
+            value = self._apply(entry, value, call, beside=beside, real=real)
         if self.keeps_graph and torch.is_grad_enabled() and value.is_floating_point():
             value = self._on_graph(value if is_written_in_place else value.view_as(value), call)
         for sink in self.sinks:
             sink.store(self.point, value, call, is_foreign=value is not original)
         return value
 
-    def _apply(self, entry: HookEntry, value: Tensor, call: Call, *, beside: bool = False) -> Tensor:
+    # ------------------------------------------------------------------ one position after the other
+
+    def positions_asked(self) -> list[int]:
+        """List the positions of this call, 0-based in it, that some function is to be shown, in order."""
+        call = self.run.now
+        named = [local_positions(e.positions, first=call.past, total=call.total) for e in self.entries]
+        return sorted({position for positions in named for position in positions})
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether the value of every position is wanted: by a cache, a backward hook, or a function for all of them."""
+        return bool(self.sinks or self.backward) or any(entry.positions is None for entry in self.entries)
+
+    def begin_positions(self) -> None:
+        """Start a call in which the value comes one position after the other."""
+        self.edited = self.rerouted = False
+
+    def fire_position(self, position: int, value: Tensor, *, real: Tensor | None = None) -> Tensor:
+        """Pass the value at one position, `[batch, 1, ...]`, through the functions that ask for it.
+
+        `position` is 0-based in this call, `real` as in `fire`. What is returned is where the next position starts
+        from; `edited` and `rerouted` add up from `begin_positions` on. Caches are served by `end_positions`.
+        """
+        call = self.run.now
+        for entry in self.entries:
+            value = self._apply(entry, value, call, beside=True, real=real, position=position)
+        if self.keeps_graph and torch.is_grad_enabled():
+            value = self._on_graph(value.view_as(value), call, position=position)
+        return value
+
+    def end_positions(self, trajectory: Tensor | None) -> None:
+        """Hand the values of all positions, `[batch, pos, ...]`, to the caches (None: there is none), and count."""
+        call = self.run.now
+        call.fired[self.name] = call.fired.get(self.name, 0) + 1
+        for sink in self.sinks:
+            if trajectory is not None:
+                sink.store(self.point, trajectory, call, is_foreign=False, by_position=True)
+
+    # ------------------------------------------------------------------ one function
+
+    def _apply(
+        self,
+        entry: HookEntry,
+        value: Tensor,
+        call: Call,
+        *,
+        beside: bool = False,
+        real: Tensor | None = None,
+        position: int | None = None,
+    ) -> Tensor:
         """Call one function on its own clone of the value (or of its positions), and put back what it returns."""
-        index, hook = self._locate(entry, value, call)
+        if position is None:
+            index, hook = self._locate(entry, value, call)
+        elif entry.positions is None or position in local_positions(entry.positions, first=call.past, total=call.total):
+            index, hook = None, self._hook(call, [call.past + position], value)
+        else:
+            return value
         if index is not None and not len(index):
             return value
         shown = value if index is None else value.index_select(self._axis or 0, index)
@@ -170,6 +231,9 @@ class Watch:
             # With gradients the function's tensor is the one that flows, so that its .grad can be had.
             return handed if index is None and torch.is_grad_enabled() and value.requires_grad else value
         new = self._checked(new, shown, entry)
+        if real is not None:
+            kept = real if index is None else real.index_select(1, index)
+            new = torch.where(kept.view(*kept.shape, *(1,) * (new.ndim - 2)), new, shown)
         self.edited = self.edited or not beside or not same_bits(new, shown)
         self.rerouted = self.rerouted or (torch.is_grad_enabled() and (new.requires_grad or shown.requires_grad))
         return new if index is None else value.index_copy(self._axis or 0, index, new)
@@ -183,8 +247,11 @@ class Watch:
             local = local_positions(entry.positions, first=first, total=call.total)
             absolute = [first + position for position in local]
             index = torch.tensor(local, dtype=torch.long, device=value.device)
+        return index, self._hook(call, absolute, value)
+
+    def _hook(self, call: Call, absolute: Sequence[int], value: Tensor) -> Hook:
         ctx = self.run.contexts.setdefault(self.name, {})
-        return index, Hook(self.point, ctx, call, absolute, value.device)
+        return Hook(self.point, ctx, call, absolute, value.device)
 
     def _call(self, entry: HookEntry, handed: Tensor, hook: Hook) -> Any:
         try:
@@ -223,7 +290,7 @@ class Watch:
             )
         return new.to(shown.dtype)
 
-    def _on_graph(self, value: Tensor, call: Call) -> Tensor:
+    def _on_graph(self, value: Tensor, call: Call, *, position: int | None = None) -> Tensor:
         """Make sure that gradients reach the value, and hook them.
 
         The value is a tensor of its own in the graph: a block's output and the next one's input are one tensor in HF,
@@ -234,19 +301,19 @@ class Watch:
         self.rerouted = True
         tensor: Any = value
         for entry in self.backward:
-            tensor.register_hook(partial(self._apply_backward, entry, call))
+            tensor.register_hook(partial(self._apply_backward, entry, call, position))
         for sink in self.sinks:
             if sink.wants_gradient or sink.keeps_graph:
-                tensor.register_hook(partial(self._store_gradient, sink, call))
+                tensor.register_hook(partial(self._store_gradient, sink, call, position))
         return value
 
-    def _apply_backward(self, entry: HookEntry, call: Call, gradient: Tensor) -> Tensor | None:
+    def _apply_backward(self, entry: HookEntry, call: Call, position: int | None, gradient: Tensor) -> Tensor | None:
         with torch.no_grad():
-            new = self._apply(entry, gradient, call)
+            new = self._apply(entry, gradient, call, position=position)
         return None if new is gradient else new
 
-    def _store_gradient(self, sink: Sink, call: Call, gradient: Tensor) -> None:
-        sink.store_gradient(self.point, gradient, call)
+    def _store_gradient(self, sink: Sink, call: Call, position: int | None, gradient: Tensor) -> None:
+        sink.store_gradient(self.point, gradient, call, position=position)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -20,6 +20,7 @@ AXES: Mapping[str, str] = {
     "d_inner": "channels of an SSM mixer",
     "d_state": "states of an SSM channel",
     "n_groups": "groups of an SSM mixer that share B and C",
+    "dt_rank": "width of the projection that step sizes come from",
     "head_dim": "width of one SSM head",
     "n_experts": "experts of a mixture",
     "k": "experts chosen for a token",

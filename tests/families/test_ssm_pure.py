@@ -122,7 +122,7 @@ def test_dtypes_are_hfs_own(subject, attn, dtype, residual):
         _, cache = one.model.run_with_cache(tokens, names_filter=one.names())
     for name, expected in seen.items():
         assert cache[name].dtype == expected, f"{name} is {cache[name].dtype}, HF's {expected}"
-    points = {point.name: point for point in one.model.hook_points}
+    points = {point.name: point for point in one.model.hook_points()}
     assert set(points) >= set(one.names())
     for name in one.names():
         bent = []

@@ -7,6 +7,7 @@ methods of `ActivationCache`.
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -113,9 +114,11 @@ def get_neuron_results(
     if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer < n_layers:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"layer is {-n_layers} to {n_layers - 1}; got {layer!r}")
     parts = Decomposition(cache, None, pos_slice=pos_slice, project_output_onto=project_output_onto)
-    acts, rows = _neurons(parts, layer % n_layers)
+    acts, rows, onward = _neurons(parts, layer % n_layers)
     acts, rows = sliced(acts, -1, neuron_slice), sliced(rows, 0, neuron_slice)
     results = acts[..., None] * rows
+    if onward.scale is not None:
+        results = results / (onward.scale if isinstance(neuron_slice, int) else onward.scale[..., None])
     return results.squeeze(-1) if project_output_onto is not None and project_output_onto.ndim == 1 else results
 
 
@@ -182,8 +185,9 @@ def get_full_resid_decomposition(
 ) -> Any:
     """Stack everything that makes up the residual stream at a layer: heads, neurons, embeddings and output biases.
 
-    The entries sum to the stream. Where a hook edited more than what they are computed from (an `attn_out`, a
-    `resid_mid`), and where an architecture rescales what its heads or neurons write, they sum to it with the remainder.
+    The entries sum to the stream; heads and neurons count with the post-norm (at the scale that the run had) or factor
+    that their branch goes through. Where a hook edited more than what they are computed from (an `attn_out`, a
+    `resid_mid`), they sum to it with the remainder.
 
     Args:
         cache: The cache.
@@ -214,16 +218,16 @@ def get_full_resid_decomposition(
         pos_slice=pos_slice,
         project_output_onto=project_output_onto,
     )
-    heads, neurons, bias = _layers_with(cache, "attn.hook_z"), _layers_with(cache, "mlp.hook_post"), _Bias(cache)
+    heads, neurons, bias = _layers_with(cache, "attn.hook_z"), _layers_with(cache, "mlp.hook_post"), _Bias(parts)
     writes = parts.writes()
     for at, writer in writes:
         if writer == "hook_attn_out" and at in heads:
             _add_heads(parts, at)
-            bias.add("b_O", at)
+            bias.add("b_O", at, "ln1_post")
     for at, writer in writes:
         if writer == "hook_mlp_out" and at in neurons and expand_neurons:
             _add_neurons(parts, at)
-            bias.add("b_out", at)
+            bias.add("b_out", at, "ln2_post")
         elif writer != "hook_attn_out" or at not in heads:
             parts.add_writes([(at, writer)])
     parts.add_embeddings()
@@ -232,18 +236,57 @@ def get_full_resid_decomposition(
 
 
 class _Bias:
-    """The sum of the output biases of the parts that were expanded, in at least float32."""
+    """The sum of the output biases of the parts that were expanded, measured as parts are."""
 
-    def __init__(self, cache: "ActivationCache") -> None:
-        self._model = model_of(cache)
+    def __init__(self, parts: Decomposition) -> None:
+        self._parts = parts
+        self._model = model_of(parts.cache)
         self._declared = {view.name for view in self._model.declaration.weights}
-        self.total = torch.zeros(self._model.cfg.d_model, device=cache.device)
+        self.total = parts.measure.part(torch.zeros(self._model.cfg.d_model, device=parts.cache.device))
 
-    def add(self, name: str, layer: int) -> None:
+    def add(self, name: str, layer: int, norm: str) -> None:
         if name in self._declared:
-            vector = self._model.weight(name, layer).detach()
-            dtype = torch.promote_types(vector.dtype, self.total.dtype)
-            self.total = self.total.to(dtype) + vector.to(self.total.device, dtype)
+            onward = _onward(self._parts, layer, norm)
+            vector = onward.rows(self._model.weight(name, layer).detach())
+            self.total = self.total + onward.scaled(self._parts.measure.part(vector))
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Onward:
+    """What a branch's output goes through before it is added: a factor, and a post-norm at the run's own scale."""
+
+    factor: float
+    gain: Tensor | None = None
+    centres: bool = False
+    scale: Tensor | None = None
+    """`[batch, pos, 1]`, without the axes that were dropped."""
+
+    def rows(self, vectors: Tensor) -> Tensor:
+        """Centre, and multiply gain and factor, in at least float32."""
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        if self.centres:
+            vectors = vectors - vectors.mean(-1, keepdim=True)
+        return vectors * self.factor if self.gain is None else vectors * self.gain.to(vectors.device) * self.factor
+
+    def scaled(self, parts: Tensor) -> Tensor:
+        """Divide parts `[..., batch, pos, x]` by the scale."""
+        return parts if self.scale is None else parts / self.scale.to(parts.device)
+
+
+def _onward(parts: Decomposition, layer: int, norm: str) -> _Onward:
+    model = model_of(parts.cache)
+    factor, name = model.declaration.branch_factor, f"blocks.{layer}.{norm}.hook_scale"
+    if name not in parts.cache.table:
+        return _Onward(factor=factor)
+    kind, module = (
+        model.declaration.norms[norm].kind,
+        model.bare_model.get_submodule(model.declaration.norms[norm].path.format(layer=layer)),
+    )
+    (scale,) = parts.values(name)
+    zeros = torch.zeros(model.cfg.d_model, device=scale.device, dtype=torch.promote_types(scale.dtype, torch.float32))
+    with torch.no_grad():
+        gain = kind.affine(module, zeros + 1) - kind.affine(module, zeros)
+    return _Onward(factor=factor, gain=gain, centres=kind.centres, scale=scale)
 
 
 def _layers_with(cache: "ActivationCache", part: str, *, needed: str = "") -> list[int]:
@@ -256,35 +299,37 @@ def _layers_with(cache: "ActivationCache", part: str, *, needed: str = "") -> li
 
 def _add_heads(parts: Decomposition, layer: int) -> None:
     """Take the heads of one layer."""
+    onward = _onward(parts, layer, "ln1_post")
     result = f"blocks.{layer}.attn.hook_result"
     if result in parts.cache:  # what the run had there, an edit included
         (value,) = parts.values(result, axis=-3)
-        heads = parts.measure.part(value.movedim(-2, 0))
+        heads = parts.measure.part(onward.rows(value).movedim(-2, 0))
     else:
         (z,) = parts.values(f"blocks.{layer}.attn.hook_z", axis=-3)
-        rows = parts.measure.rows(model_of(parts.cache).weight("W_O", layer).detach())
+        rows = parts.measure.rows(onward.rows(model_of(parts.cache).weight("W_O", layer).detach()))
         dtype = torch.promote_types(z.dtype, rows.dtype)
         heads = parts.measure.scaled(torch.einsum("...he,hed->h...d", z.to(rows.device, dtype), rows.to(dtype)))
-    parts.add(heads, [f"L{layer}H{head}" for head in range(len(heads))])
+    parts.add(onward.scaled(heads), [f"L{layer}H{head}" for head in range(len(heads))])
 
 
 def _add_neurons(parts: Decomposition, layer: int, neuron_slice: Any = None) -> None:
     """Take the neurons of one layer, or some of them."""
-    acts, rows = _neurons(parts, layer)
+    acts, rows, onward = _neurons(parts, layer)
     if isinstance(neuron_slice, int):
         neuron_slice = [neuron_slice]
     index = [int(neuron) for neuron in sliced(torch.arange(acts.shape[-1]), 0, neuron_slice)]
     acts, rows = sliced(acts, -1, neuron_slice), sliced(rows, 0, neuron_slice)
     neurons = parts.measure.scaled(torch.einsum("...n,nd->n...d", acts, rows))
-    parts.add(neurons, [f"L{layer}N{neuron}" for neuron in index])
+    parts.add(onward.scaled(neurons), [f"L{layer}N{neuron}" for neuron in index])
 
 
-def _neurons(parts: Decomposition, layer: int) -> tuple[Tensor, Tensor]:
-    """Give the activations `[batch, pos, neuron]` and each neuron's measured output `[neuron, d_model or k]`."""
+def _neurons(parts: Decomposition, layer: int) -> tuple[Tensor, Tensor, _Onward]:
+    """Give the activations `[batch, pos, neuron]`, each neuron's measured output `[neuron, x]`, and what follows it."""
     name = f"blocks.{layer}.mlp.hook_post"
     if name not in parts.cache.table:
         raise CacheError(f"block {layer} has no MLP neurons")
     (acts,) = parts.values(name)
-    rows = parts.measure.rows(model_of(parts.cache).weight("W_out", layer).detach())
+    onward = _onward(parts, layer, "ln2_post")
+    rows = parts.measure.rows(onward.rows(model_of(parts.cache).weight("W_out", layer).detach()))
     dtype = torch.promote_types(acts.dtype, rows.dtype)
-    return acts.to(rows.device, dtype), rows.to(dtype)
+    return acts.to(rows.device, dtype), rows.to(dtype), onward

@@ -120,6 +120,8 @@ class Declaration:
     """In the order of computation."""
     writers: tuple[str, ...]
     """What a block adds to the residual stream, in order: hook names below `blocks.L.`"""
+    branch_factor: float = 1.0
+    """A factor on what attention and MLP return, before it is added to the residual stream."""
     embeddings: tuple[str, ...]
     """Hook points that sum to the first block's input."""
     weights: tuple[WeightView, ...]

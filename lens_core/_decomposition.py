@@ -85,9 +85,8 @@ class Decomposition:
         for name, value in zip(names, self.values(*names), strict=True):
             self.add(self.measure.part(value)[None], [name.removeprefix("hook_")])
 
-    def add_constant(self, vector: Tensor, label: str) -> None:
-        """Take one vector `[d_model]` that was added at every position."""
-        measured = self.measure.part(vector)
+    def add_constant(self, measured: Tensor, label: str) -> None:
+        """Take what was added at every position, measured; it broadcasts to a part."""
         shape = self._tensors[0].shape[1:]
         self.add(measured.expand(shape)[None], [label])
 

@@ -1,6 +1,6 @@
 """The pieces of a model: embedding, final norm, unembedding, weights, and what it shares with `torch.nn.Module`."""
 
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from lens_core.errors import WeightError
 from lens_core.weights import WeightView, read_weight, stack_weight
 
 __all__ = ["Pieces"]
+
+
+_Model = TypeVar("_Model", bound="Pieces")  # beartype takes `Self` in decorated classes only
 
 
 class Pieces(Texts):
@@ -27,9 +30,10 @@ class Pieces(Texts):
         self._views = {view.name: view for view in declaration.weights}
 
     def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
-        """Embed token ids or text: what `hook_embed` holds, positions left out."""
+        """Embed token ids or text: what `hook_embed` holds, positions left out and scale included."""
         tokens = self.to_tokens(input) if not isinstance(input, Tensor) else input
-        return self.bare_model.get_submodule(self.declaration.embed)(tokens)
+        embedded = self.bare_model.get_submodule(self.declaration.embed)(tokens)
+        return embedded if self.declaration.embed_scale == 1 else embedded * self.declaration.embed_scale
 
     def ln_final(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Apply the final norm, gain and bias included."""
@@ -61,17 +65,17 @@ class Pieces(Texts):
             return getattr(self.hf_model, name)
         raise AttributeError(f"LensModel has no attribute {name!r}; HF's own are on model.hf_model")
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self: _Model, *args: Any, **kwargs: Any) -> _Model:
         """Move or cast the HF model in place; gives this object back."""
         self.hf_model.to(*args, **kwargs)
         return self
 
-    def eval(self) -> Self:
+    def eval(self: _Model) -> _Model:
         """Put the HF model in evaluation mode."""
         self.hf_model.eval()
         return self
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: _Model, mode: bool = True) -> _Model:
         """Put the HF model in training mode."""
         self.hf_model.train(mode)
         return self

@@ -35,6 +35,8 @@ class WeightView:
     sizes: Mapping[str, int] = attrs.field(factory=dict[str, int])
     function: Callable[[Tensor], Tensor] | None = None
     """What is made of the parameter (`A = -exp(A_log)`): the weight is then a new tensor, not a view."""
+    layers: tuple[int, ...] | None = None
+    """The blocks that have it; None for all."""
     width: int | None = None
     """Length of the zeros that stand for a missing bias."""
 
@@ -52,6 +54,8 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
     """
     if view.per_layer and layer is None:
         raise WeightError(f"{view.name} has one entry for each layer: give the layer")
+    if view.layers is not None and layer not in view.layers:
+        raise WeightError(f"block {layer} has no {view.name}; blocks {', '.join(map(str, view.layers))} have")
     module: Any = find_module(view.path.format(layer=layer))
     with loaded(module):
         tensor = getattr(module, view.part, None)

@@ -6,7 +6,8 @@ python scripts/architecture_table.py --check    # exit 1 where it is out of date
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from generated import update
@@ -19,25 +20,30 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def table() -> str:
-    """Give the table in Markdown: a row for each architecture of each plugin that serves."""
+    """Give the table in Markdown: a row for the architectures of one plugin that lack the same."""
     rows = [
-        _row(record, architecture)
+        _row(record, list(alike))
         for record in active_registry().records
         if record.status is PluginStatus.OK
-        for architecture in record.architectures
+        for _, alike in groupby(sorted(record.architectures, key=_key), key=_key)
     ]
     return "\n".join(
         ("| architecture | model types | install | transformers | not in full |", "|---|---|---|---|---|", *rows)
     )
 
 
-def _row(record: PluginRecord, architecture: Architecture) -> str:
+def _key(architecture: Architecture) -> tuple[str, str]:
+    return architecture.transformers, "<br>".join(_lacks(architecture)) or "nothing"
+
+
+def _row(record: PluginRecord, alike: Sequence[Architecture]) -> str:
+    transformers, lacks = _key(alike[0])
     cells = (
-        architecture.name,
-        ", ".join(f"`{name}`" for name in architecture.model_types),
+        ", ".join(architecture.name for architecture in alike),
+        ", ".join(f"`{name}`" for architecture in alike for name in architecture.model_types),
         f"`{record.distribution}`",
-        f"`{architecture.transformers}`",
-        "<br>".join(_lacks(architecture)) or "nothing",
+        f"`{transformers}`",
+        lacks,
     )
     return f"| {' | '.join(cells)} |"
 

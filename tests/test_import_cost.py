@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+PLUGINS = sorted(file.parent.name for file in Path(__file__).parents[1].glob("plugins/*/pyproject.toml"))
 
 # `import` as a user would, then say which of the heavy packages came along.
 _SCRIPT = (
@@ -18,7 +21,7 @@ _SCRIPT = (
         "import lens_core",
         "import lens_core.plugin, lens_core.errors, lens_core.testing",
         "from lens_core import LensError, HookPoint",
-        "import lens_gpt2; lens_gpt2.lens_architectures()",
+        *(f"import lens_{name}; lens_{name}.lens_architectures()" for name in PLUGINS),
         "from lens_core._registry import resolve_architecture; resolve_architecture('gpt2')",
         "from lens_core._cli import main; main(['--debug'])",
         "import lens_core; dir(lens_core)",

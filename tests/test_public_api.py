@@ -2,12 +2,17 @@
 
 import importlib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 import lens_core
 
-PUBLIC_MODULES = ["lens_core", "lens_core.errors", "lens_core.plugin", "lens_core.testing", "lens_gpt2"]
+PLUGINS = sorted(file.parent.name for file in Path(__file__).parents[1].glob("plugins/*/pyproject.toml"))
+PUBLIC_MODULES = [
+    *("lens_core", "lens_core.errors", "lens_core.plugin", "lens_core.testing"),
+    *(f"lens_{name}" for name in PLUGINS),
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC_MODULES)
@@ -52,15 +57,13 @@ def test_every_error_is_public():
     assert defined == set(errors.__all__)
 
 
-@pytest.mark.parametrize(("distribution", "module"), [("lens-core", "lens_core"), ("lens-gpt2", "lens_gpt2")])
-def test_the_version_is_said_once(distribution, module):
+@pytest.mark.parametrize("name", ["core", *PLUGINS])
+def test_the_version_is_said_once(name):
     """The distribution's version is the module's."""
-    assert version(distribution) == importlib.import_module(module).__version__
+    assert version(f"lens-{name}") == importlib.import_module(f"lens_{name}").__version__
 
 
 def test_the_version_of_the_citation_is_the_same():
     """CITATION.cff names the release that it describes."""
-    from pathlib import Path
-
     citation = Path(__file__).parents[1] / "CITATION.cff"
     assert f"\nversion: {lens_core.__version__}\n" in citation.read_text()

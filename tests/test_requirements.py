@@ -1,19 +1,23 @@
 """What each distribution declares: no less than its code imports, no more, and pinned where we test."""
 
 import ast
+import importlib
 import importlib.metadata
 import sys
 import tomllib
 from pathlib import Path
 
-import lens_gpt2
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PROJECTS = {"lens-core": (ROOT, "lens_core"), "lens-gpt2": (ROOT / "plugins" / "gpt2", "lens_gpt2")}
+PLUGINS = {
+    f"lens-{file.parent.name}": (file.parent, f"lens_{file.parent.name}")
+    for file in ROOT.glob("plugins/*/pyproject.toml")
+}
+PROJECTS = {"lens-core": (ROOT, "lens_core"), **PLUGINS}
 
 
 def declared(folder):
@@ -83,7 +87,9 @@ def test_the_tests_run_on_the_pinned_versions():
         assert specifier.contains(installed), f"{name} {installed} is installed, {specifier} is pinned"
 
 
-def test_the_descriptor_and_the_distribution_give_the_same_range_of_transformers():
+@pytest.mark.parametrize("distribution", PLUGINS)
+def test_the_descriptor_and_the_distribution_give_the_same_range_of_transformers(distribution):
     """Pip and the registry refuse the same versions."""
-    (architecture,) = lens_gpt2.lens_architectures()
-    assert SpecifierSet(architecture.transformers) == declared(PROJECTS["lens-gpt2"][0])["transformers"]
+    folder, package = PLUGINS[distribution]
+    for architecture in importlib.import_module(package).lens_architectures():
+        assert SpecifierSet(architecture.transformers) == declared(folder)["transformers"]

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PROJECTS = {"lens_core": ROOT, "lens_gpt2": ROOT / "plugins" / "gpt2"}
+PLUGINS = {f"lens_{folder.parent.name}": folder.parent for folder in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+PROJECTS = {"lens_core": ROOT, **PLUGINS}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,9 @@ def clean(wheels, tmp_path_factory):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    index = wheels["lens_gpt2"].parent
-    run(python, "-m", "pip", "install", "--no-index", f"--find-links={index}", "lens-gpt2")
+    index = wheels["lens_core"].parent
+    names = [name.replace("_", "-") for name in PLUGINS]
+    run(python, "-m", "pip", "install", "--no-index", f"--find-links={index}", *names)
     run(python, "-m", "pip", "check")
     return lambda command, *arguments: run(python.parent / command, *arguments)
 
@@ -114,23 +116,24 @@ def test_the_requirements_are_ranges(wheels):
             assert ">=" in line
 
 
-def test_a_plugin_requires_the_core_of_its_time(wheels):
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_requires_the_core_of_its_time(wheels, plugin):
     """The range that it asks for holds the core of this repository."""
     core = importlib.metadata.version("lens-core")
     (requirement,) = [
         Requirement(line)
-        for line in _metadata(wheels["lens_gpt2"]).get_all("Requires-Dist")
+        for line in _metadata(wheels[plugin]).get_all("Requires-Dist")
         if canonicalize_name(Requirement(line).name) == "lens-core"
     ]
     assert requirement.specifier.contains(core)
     assert not requirement.specifier.contains("99")
 
 
-def test_the_command_lists_the_plugin_in_a_clean_environment(clean):
-    """The entry points of both wheels work: the command, and the architecture."""
+def test_the_command_lists_the_plugins_in_a_clean_environment(clean):
+    """The entry points of all wheels work: the command, and the architectures."""
     for document in (clean("lens", "plugins", "--json"), clean("python", "-m", "lens_core", "plugins", "--json")):
-        (plugin,) = json.loads(document)["plugins"]
-        assert (plugin["name"], plugin["distribution"], plugin["status"]) == ("gpt2", "lens-gpt2", "ok")
+        found = {(plugin["distribution"], plugin["status"]) for plugin in json.loads(document)["plugins"]}
+        assert found == {(name.replace("_", "-"), "ok") for name in PLUGINS}
 
 
 def test_the_toy_runs_in_a_clean_environment(clean):

@@ -59,6 +59,7 @@ def Llama(config: Any) -> Declaration:
         norms=_norms(config, decoder),
         points=(*_before(decoder), *blocks, *_after(config, decoder)),
         writers=("hook_attn_out", "hook_mlp_out"),
+        branch_factor=getattr(config, decoder.branch_factor) if decoder.branch_factor else 1.0,
         embeddings=("hook_embed",),
         weights=tuple(weights(config, cfg, decoder)),
         has_absolute_positions=True,  # a rotation by a common offset is exact on paper only

@@ -12,16 +12,18 @@ BLOCK = "model.layers.{layer}"
 
 
 def weights(config: Any, cfg: LensConfig, decoder: Decoder) -> Iterator[WeightView]:
-    """Give the views; those of an MLP only where every layer has a dense one."""
+    """Give the views; those of an MLP for the layers with a dense one."""
     yield WeightView(name="W_E", path="model.embed_tokens")
     yield WeightView(name="W_U", path="lm_head")
     yield WeightView(name="b_U", path="lm_head", part="bias", width=cfg.d_vocab)
     yield from _attention(cfg, decoder)
-    sparse = [is_sparse(config, layer) for layer in range(cfg.n_layers)]
-    if all(sparse):
-        yield WeightView(name="W_router", path=f"{BLOCK}.mlp.gate", pattern="expert d -> d expert")
-    if not any(sparse):
-        yield from _mlp(cfg, decoder)
+    sparse = tuple(layer for layer in range(cfg.n_layers) if is_sparse(config, layer))
+    dense = tuple(layer for layer in range(cfg.n_layers) if layer not in sparse)
+    if sparse:
+        pattern = "expert d -> d expert"
+        yield WeightView(name="W_router", path=f"{BLOCK}.mlp.gate", pattern=pattern, layers=sparse)
+    if dense:
+        yield from _mlp(cfg, decoder, dense)
 
 
 def _attention(cfg: LensConfig, decoder: Decoder) -> Iterator[WeightView]:
@@ -49,7 +51,7 @@ def _attention(cfg: LensConfig, decoder: Decoder) -> Iterator[WeightView]:
     yield WeightView(name="b_O", path=out, part="bias", width=cfg.d_model)
 
 
-def _mlp(cfg: LensConfig, decoder: Decoder) -> Iterator[WeightView]:
+def _mlp(cfg: LensConfig, decoder: Decoder, layers: tuple[int, ...]) -> Iterator[WeightView]:
     d = cfg.d_mlp or 0
     places = {"in": ("up_proj", None), "gate": ("gate_proj", None), "out": ("down_proj", None)}
     if decoder.mlp == "fused":
@@ -59,5 +61,5 @@ def _mlp(cfg: LensConfig, decoder: Decoder) -> Iterator[WeightView]:
     for name, (module, columns) in places.items():
         path = f"{BLOCK}.mlp.{module}"
         width = cfg.d_model if name == "out" else d
-        yield WeightView(name=f"W_{name}", path=path, columns=columns)
-        yield WeightView(name=f"b_{name}", path=path, part="bias", columns=columns, width=width)
+        yield WeightView(name=f"W_{name}", path=path, columns=columns, layers=layers)
+        yield WeightView(name=f"b_{name}", path=path, part="bias", columns=columns, width=width, layers=layers)

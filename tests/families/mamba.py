@@ -82,5 +82,6 @@ SUBJECTS = [
 
 ssm = pytest.mark.subjects.with_args(lambda one: one.name in KINDS)
 """For tests of what only state space models have: every kind of them."""
-selective = pytest.mark.subjects.with_args(lambda one: one.name in KINDS[:2])
+brief_ssm = pytest.mark.subjects.with_args(lambda one: one.name in ("mamba", "mamba2"))
+"""The same for tests that take long: Falcon-Mamba differs from Mamba in three norms only."""
 dual = pytest.mark.subjects.with_args(lambda one: one.name == "mamba2")

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from families.compare import same
-from families.mamba import dual, ssm
+from families.mamba import brief_ssm, dual, ssm
 from families.subject import pair
 from golden.edits import bend
 from golden.fingerprint import differences, fingerprint
@@ -16,7 +16,7 @@ from golden.float64 import true_float64
 from golden.tiny import pad, random_tokens
 from transformers import DynamicCache
 
-pytestmark = ssm
+pytestmark = brief_ssm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -33,6 +33,7 @@ def subsets(names, count, seed=0):
 
 @pytest.mark.parametrize("residual", [True, False], ids=["residual-float32", "residual-own"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@ssm
 def test_reading_changes_no_bit(subject, attn, dtype, residual):
     """Logits of a whole run, under padding and in decode are HF's to the bit, whatever is read."""
     one = pair(subject, dtype=dtype, attn=attn, residual_in_fp32=residual)
@@ -81,7 +82,7 @@ def test_functions_that_give_back_what_they_got_change_no_bit(subject, attn, dty
     one, tokens = pair(subject, dtype=dtype, attn=attn), random_tokens(2, 6)
     with torch.no_grad():
         plain = one.reference(tokens).logits
-        for name in one.names():
+        for name in one.edited_names():
             for same_value in (lambda x, hook: x, lambda x, hook: x.clone()):
                 assert torch.equal(one.model.run_with_hooks(tokens, fwd_hooks=[(name, same_value)]), plain), name
 
@@ -124,7 +125,7 @@ def test_dtypes_are_hfs_own(subject, attn, dtype, residual):
         assert cache[name].dtype == expected, f"{name} is {cache[name].dtype}, HF's {expected}"
     points = {point.name: point for point in one.model.hook_points()}
     assert set(points) >= set(one.names())
-    for name in one.names():
+    for name in one.edited_names():
         bent = []
         entries = [(name, lambda x, hook, bent=bent: bent.append(x.dtype) or x)]
         with torch.no_grad():
@@ -282,7 +283,7 @@ def test_nothing_is_left_behind(wide):
         raise ZeroDivisionError
 
     with torch.no_grad():
-        for name in wide.names():
+        for name in wide.edited_names():
             wide.model.run_with_cache(tokens, names_filter=[name])
             wide.model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: x * 1)])
             with pytest.raises(Exception, match="ZeroDivision|hook_"):
@@ -291,6 +292,7 @@ def test_nothing_is_left_behind(wide):
     assert differences(before, fingerprint(wide.hf)) == []
 
 
+@ssm
 def test_calling_hf_itself_inside_hooks_is_hooked(wide):
     """The HF model, called directly in the context, has the edit too, with a cache of its own making."""
     tokens = random_tokens(2, 5)
@@ -301,6 +303,7 @@ def test_calling_hf_itself_inside_hooks_is_hooked(wide):
             same(name, wide.hf(tokens, use_cache=False).logits, expected, 1e-10)
 
 
+@ssm
 def test_the_gated_norm_has_an_alias(wide):
     """Mamba-2: `mixer.hook_inner_norm` is `mixer.hook_gated`, one cache entry; Mamba has no such name."""
     tokens = random_tokens(2, 5)

@@ -25,14 +25,14 @@ __all__ = ["HeadInput", "HeadResult", "Projection"]
 
 @attrs.frozen(kw_only=True)
 class Projection:
-    """Where one of q, k, v is computed: the module and its columns."""
+    """Where one of q, k, v is computed: the module and its columns, and the norm that follows."""
 
     path: str
     columns: Columns
     norm: str | None = None
     """A norm between this projection and the rotary embedding."""
-    norm_is_whole: bool = False
-    """Whether that norm is over all heads together."""
+    norm_takes: Literal["heads", "heads_first", "whole"] = "heads"
+    """What that norm is given: `[batch, pos, heads, d_head]`, `[batch, heads, pos, d_head]`, or all heads flat."""
 
 
 @attrs.frozen(kw_only=True)
@@ -122,17 +122,13 @@ class HeadInput:
         groups = copies.tensor.shape[2] // (projection.columns.heads or 1)
         own = [head // groups for head in heads]
         values = self._projected(part, copies, heads, own, call)
-        if projection.norm is not None and projection.norm_is_whole:
-            whole = projection.columns.read(call.result, call.run)
-            values = torch.stack(
-                [
-                    _normed_whole(call.run.module(projection.norm), whole, values[:, :, index], head)
-                    for index, head in enumerate(own)
-                ],
-                dim=2,
-            )
-        elif projection.norm is not None:
-            values = call.run.module(projection.norm).forward(values)
+        if projection.norm is not None:
+            module, whole = call.run.module(projection.norm), projection.columns.read(call.result, call.run)
+            each = [
+                _normed(module, whole, values[:, :, index], head, projection.norm_takes)
+                for index, head in enumerate(own)
+            ]
+            values = torch.stack(each, dim=2)
         rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
         return Override(heads=heads, values=values, edited=bool(edited), rotary=rotary)
 
@@ -178,10 +174,14 @@ class _Copies:
         return attrs.evolve(self, tensor=self.tensor.repeat_interleave(groups, dim=2), edited=False, rerouted=False)
 
 
-def _normed_whole(module: Any, whole: Tensor, own: Tensor, head: int) -> Tensor:
-    """Norm all heads together with one head's values replaced, and give that head's."""
+def _normed(module: Any, whole: Tensor, own: Tensor, head: int, takes: str) -> Tensor:
+    """Norm all heads with one head's values replaced, and give that head's."""
     replaced = torch.cat([whole[:, :, :head], own[:, :, None], whole[:, :, head + 1 :]], dim=2)
-    return module.forward(replaced.flatten(2)).view_as(replaced)[:, :, head]
+    if takes == "whole":
+        return module.forward(replaced.flatten(2)).view_as(replaced)[:, :, head]
+    if takes == "heads_first":
+        return module.forward(replaced.transpose(1, 2))[:, head]
+    return module.forward(replaced)[:, :, head]
 
 
 def _project_heads(

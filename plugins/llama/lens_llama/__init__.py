@@ -51,8 +51,7 @@ _TYPES = {
         (),
     ),
     "smollm3": ("SmolLM3", ("no_rope_layers", "no_rope_layer_interval"), ()),
-    # `qk_layernorm` is in neither: HF norms each head by a module of its own, which nothing here declares.
-    "stablelm": ("StableLM", ("use_parallel_residual", "hidden_dropout"), ()),
+    "stablelm": ("StableLM", ("use_parallel_residual", "qk_layernorm", "hidden_dropout"), ()),
     "starcoder2": ("StarCoder2", ("residual_dropout", "embedding_dropout"), ()),
     # `router_jitter_noise` is in neither: in training it writes into what the MLP received.
     "mixtral": (

@@ -33,7 +33,7 @@ from lens_core.plugin import (
     Unembedding,
     Whole,
 )
-from lens_llama._decoder import DECODERS, Decoder, eps, finish, has_rotary, is_parallel, is_sparse
+from lens_llama._decoder import DECODERS, Decoder, eps, finish, has_rotary, is_parallel, is_sparse, qk_norm
 from lens_llama._weights import weights
 
 RESIDUAL = "batch pos d_model"
@@ -145,7 +145,7 @@ class _Block:
         self.hf = f"model.layers.{layer}"
         self.attn, self.mlp = f"{self.hf}.self_attn", f"{self.hf}.mlp"
         self.ln1 = None if self.decoder.norms == "post" else f"{self.hf}.input_layernorm"
-        self.is_parallel = is_parallel(config)
+        self.is_parallel, self.qk_norm = is_parallel(config), qk_norm(config)
         self.ln2 = None if self.decoder.norms == "post" or self.is_parallel else f"{self.hf}.{self.decoder.ln2}"
         self.heads = cfg.n_heads or 0
         self.kv_heads = cfg.n_key_value_heads or self.heads
@@ -181,14 +181,15 @@ class _Block:
         """Say where q, k and v are computed."""
         d, q, kv = self.cfg.d_head or 0, self.heads, self.kv_heads
         starts = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}
-        norm = {"norm": f"{self.attn}.k_norm", "norm_is_whole": self.decoder.qk_norm == "whole"}
+        norm: dict[str, Any] = {}
+        if self.qk_norm is not None:
+            norm = {"norm": f"{self.attn}.k_{self.qk_norm.suffix}", "norm_takes": self.qk_norm.takes}
         found: dict[str, Projection] = {}
         for part, (start, heads) in starts.items():
             first = start * d if self.decoder.is_qkv_fused else 0
             path = f"{self.attn}.qkv_proj" if self.decoder.is_qkv_fused else f"{self.attn}.{part}_proj"
             columns = Columns(start=first, stop=first + heads * d, heads=heads)
-            has_norm = part == "k" and self.decoder.qk_norm != "none"
-            found[part] = Projection(path=path, columns=columns, **(norm if has_norm else {}))
+            found[part] = Projection(path=path, columns=columns, **(norm if part == "k" else {}))
         return found
 
     def head_inputs(self) -> Iterator[HookPoint]:
@@ -229,20 +230,21 @@ class _Block:
             seam = ModuleOutput(path=projection.path, view=projection.columns)
             equation = f"ln1 W_{part.upper()} + b_{part.upper()}"
             yield self.point(f"attn.hook_{part}", shapes[part], equation, seam)
-        if self.decoder.qk_norm != "none":
+        if self.qk_norm is not None:
             for part, heads in (("q", self.heads), ("k", self.kv_heads)):
                 width = heads * (self.cfg.d_head or 0)
                 views = {
-                    "head": Whole(),
+                    "heads": Whole(),
                     "heads_first": HeadsFirst(),
                     "whole": Columns(start=0, stop=width, heads=heads),
                 }
-                seam = ModuleOutput(path=f"{self.attn}.{part}_norm", view=views[self.decoder.qk_norm])
+                path = f"{self.attn}.{part}_{self.qk_norm.suffix}"
+                seam = ModuleOutput(path=path, view=views[self.qk_norm.takes])
                 yield self.point(f"attn.hook_{part}_normed", shapes[part], f"{part}_norm({part})", seam)
         if has_rotary(self.config, self.layer):
             part: Any
             for part in ("q", "k"):
-                source = part if self.decoder.qk_norm == "none" else f"{part}_normed"
+                source = part if self.qk_norm is None else f"{part}_normed"
                 seam = Attention(path=self.attn, part=part)
                 yield self.point(f"attn.hook_rot_{part}", shapes[part], f"{source}, rotated by position", seam)
 

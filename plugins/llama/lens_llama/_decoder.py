@@ -15,9 +15,21 @@ from torch import Tensor
 
 from lens_core.plugin import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
 
-__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse"]
+__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse", "qk_norm"]
 
 Norms: TypeAlias = Literal["pre", "sandwich", "post"]
+
+
+@attrs.frozen(kw_only=True)
+class QkNorm:
+    """Norms of queries and keys, between projection and rotation."""
+
+    takes: Literal["heads", "heads_first", "whole"]
+    """What they are given: `[batch, pos, heads, d_head]`, `[batch, heads, pos, d_head]`, or all heads flat."""
+    suffix: str = "norm"
+    """Of the module's name: `q_norm`, `k_norm`."""
+    field: str | None = None
+    """The config field that switches them on; None where they are always there."""
 
 
 @attrs.frozen(kw_only=True)
@@ -28,8 +40,7 @@ class Decoder:
     norms: Norms = "pre"
     """Before each branch, before and after it, or after it only."""
     ln2: str = "post_attention_layernorm"
-    qk_norm: Literal["none", "head", "heads_first", "whole"] = "none"
-    """Norms of queries and keys: of each head `[pos, heads, d_head]`, of `[heads, pos, d_head]`, or of all heads."""
+    qk_norm: QkNorm | None = None
     mlp: Literal["gated", "fused", "plain"] = "gated"
     """`down(act(gate) * up)`, the same with gate and up in one projection, or `c_proj(act(c_fc))`."""
     is_qkv_fused: bool = False
@@ -47,20 +58,27 @@ DECODERS: Mapping[str, Decoder] = {
     "llama": Decoder(),
     "mistral": Decoder(),
     "qwen2": Decoder(),
-    "qwen3": Decoder(qk_norm="head"),
+    "qwen3": Decoder(qk_norm=QkNorm(takes="heads")),
     "phi3": Decoder(is_qkv_fused=True, mlp="fused", attn_added="resid_attn_dropout", mlp_added="resid_mlp_dropout"),
     "gemma": Decoder(norm=RMS_NORM_OFFSET),
     "gemma2": Decoder(norm=RMS_NORM_OFFSET, norms="sandwich", ln2="pre_feedforward_layernorm"),
     "gemma3_text": Decoder(
-        norm=RMS_NORM_OFFSET, norms="sandwich", ln2="pre_feedforward_layernorm", qk_norm="heads_first"
+        norm=RMS_NORM_OFFSET,
+        norms="sandwich",
+        ln2="pre_feedforward_layernorm",
+        qk_norm=QkNorm(takes="heads_first"),
     ),
-    "olmo2": Decoder(norm=RMS_NORM_GAIN_FIRST, norms="post", qk_norm="whole"),
+    "olmo2": Decoder(norm=RMS_NORM_GAIN_FIRST, norms="post", qk_norm=QkNorm(takes="whole")),
     "granite": Decoder(embedding_factor="embedding_multiplier", branch_factor="residual_multiplier"),
     "smollm3": Decoder(),
-    "stablelm": Decoder(norm=LAYER_NORM, mlp_added="dropout"),
+    "stablelm": Decoder(
+        norm=LAYER_NORM,
+        mlp_added="dropout",
+        qk_norm=QkNorm(takes="heads_first", suffix="layernorm", field="qk_layernorm"),
+    ),
     "starcoder2": Decoder(norm=LAYER_NORM, mlp="plain"),
     "mixtral": Decoder(expert_weights_dtype="float32"),
-    "qwen3_moe": Decoder(qk_norm="head"),
+    "qwen3_moe": Decoder(qk_norm=QkNorm(takes="heads")),
 }
 
 
@@ -68,6 +86,12 @@ def eps(config: Any) -> float:
     """Give the norms' epsilon, under whichever name the type has it."""
     names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def qk_norm(config: Any) -> QkNorm | None:
+    """Give the norms of queries and keys, where the config has them."""
+    norm = DECODERS[config.model_type].qk_norm
+    return norm if norm is None or norm.field is None or getattr(config, norm.field) else None
 
 
 def is_parallel(config: Any) -> bool:

@@ -13,6 +13,9 @@ stop changes a bit of any value.
 | `scale` | the norms' scales: before the mixer, inside it (Mamba-2) and the final one | `norm.hook_scale`, ... |
 | `activation` | sigmoid(v) in SiLU(v) = sigmoid(v) v after the convolution | `mixer.hook_ssm_input` |
 
+The gradient of a stopped activation goes from `mixer.hook_ssm_input` to what the convolution read
+(`mixer.hook_conv_in`) past `mixer.hook_conv`, whose own gradient lacks it.
+
 Source: Jafari, Montavon, Müller and Eberle 2024 (MambaLRP, arXiv 2406.07592), who hold still exp(delta A), delta B, C,
 the activation and the scale, and at the gate halve the product's two gradients instead of stopping one of them.
 """

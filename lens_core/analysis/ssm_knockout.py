@@ -63,7 +63,7 @@ def knockout(
         heads: Channels (Mamba-1) or heads (Mamba-2) in which they are knocked out; None for all.
 
     Returns:
-        Entries with state of their own: make new ones for each run in parallel.
+        Entries; an "attention" knockout's follow one sequence at a time, so make new ones for each run in parallel.
 
     Raises:
         ArgumentError: No such kind or layer; `targets` with a kind that cannot tell targets apart.

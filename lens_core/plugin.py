@@ -28,13 +28,15 @@ from lens_core._hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from lens_core._call import ModuleCall
+    from lens_core._convolution import convolution, convolution_step
     from lens_core._declaration import CallInput, Declaration, LensConfig, NormPlace
     from lens_core._functions import Slot, function_slot
     from lens_core._graph import with_gradient_of
     from lens_core._mixer import InsideMixer, MixerCall, MixerKernel
     from lens_core._norms import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
+    from lens_core._offload import loaded
     from lens_core._plan import ModuleStep, Run, SlotStep
-    from lens_core._recurrence import walk, walk_segments
+    from lens_core._scan import INSIDE_SCAN, Scan, run_scan
     from lens_core._watch import Watch
     from lens_core.hook_points import HookPoint
     from lens_core.seams import (
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "API_VERSION",
+    "INSIDE_SCAN",
     "LAYER_NORM",
     "RMS_NORM",
     "RMS_NORM_GAIN_FIRST",
@@ -95,6 +98,7 @@ __all__ = [
     "Router",
     "Run",
     "ScaledBranch",
+    "Scan",
     "Seam",
     "Slot",
     "SlotStep",
@@ -105,10 +109,12 @@ __all__ = [
     "Watch",
     "WeightView",
     "Whole",
+    "convolution",
+    "convolution_step",
     "function_slot",
     "hookimpl",
-    "walk",
-    "walk_segments",
+    "loaded",
+    "run_scan",
     "with_gradient_of",
 ]
 
@@ -121,7 +127,9 @@ _LAZY = {  # name -> the module that defines it
     **dict.fromkeys(("ModuleStep", "Run", "SlotStep"), "lens_core._plan"),
     **dict.fromkeys(("Slot", "function_slot"), "lens_core._functions"),
     **dict.fromkeys(("InsideMixer", "MixerCall", "MixerKernel"), "lens_core._mixer"),
-    **dict.fromkeys(("walk", "walk_segments"), "lens_core._recurrence"),
+    **dict.fromkeys(("convolution", "convolution_step"), "lens_core._convolution"),
+    **dict.fromkeys(("INSIDE_SCAN", "Scan", "run_scan"), "lens_core._scan"),
+    "loaded": "lens_core._offload",
     "ModuleCall": "lens_core._call",
     "Watch": "lens_core._watch",
     "with_gradient_of": "lens_core._graph",

@@ -22,45 +22,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_core.errors import UnsupportedHookError
 from lens_core.plugin import (
+    INSIDE_SCAN,
     Columns,
     MixerCall,
     MixerKernel,
     ModuleCall,
-    walk,
-    walk_segments,
-    with_gradient_of,
+    convolution,
+    convolution_step,
+    run_scan,
 )
 
 SELECTION = ("B", "C", "delta_pre", "delta")
-RECURRENCE = ("decay", "ssm_write", "ssm_state")
-OUTPUT = ("y", "ssm_output")
-SCAN = (*SELECTION, *RECURRENCE, *OUTPUT)
+SCAN = (*SELECTION, *INSIDE_SCAN)
 FUSED_AWAY = ("conv", "ssm_input", "x_proj", *SCAN, "gated")
 """What HF's fused training kernel computes without calling anything that could be intercepted."""
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Selective:
-    """One call of the selective scan, HF's arguments position-first."""
-
-    x: Float[Tensor, "batch pos d_inner"]
-    dt: Float[Tensor, "batch pos d_inner"]
-    bias: Float[Tensor, " d_inner"] | None
-    A: Float[Tensor, "d_inner d_state"]
-    B: Float[Tensor, "batch pos d_state"]
-    C: Float[Tensor, "batch pos d_state"]
-    D: Float[Tensor, " d_inner"]
-    gate: Float[Tensor, "batch pos d_inner"]
-    start: Float[Tensor, "batch d_inner d_state"]
-    delta: Tensor | None = None
-    """The step size once it is known."""
-    own: Callable[[], tuple[Tensor, Tensor | None]]
-    """HF's own call: its gated output `[batch, pos, d_inner]`, and the last state where HF hands it on."""
-    fast: "Callable[[Selective, MixerCall, int, int], tuple[Tensor, Tensor]] | None"
-    """HF's scan from zero over some positions, without skip and gate: y and the last state; None for a single step."""
-    is_reference: bool
-    """Whether HF's scan is the PyTorch one, of which skip and gate can be split off without changing a bit."""
 
 
 # ---------------------------------------------------------------------- projections
@@ -98,41 +75,7 @@ def out_projection(call: MixerCall, module: ModuleCall) -> None:
             module.input = value
 
 
-# ---------------------------------------------------------------------- convolution
-
-
-def convolution(call: MixerCall, original: Any, hidden: Tensor, *args: Any, activation: Any, **options: Any) -> Tensor:
-    """causal_conv1d_fn: whole sequences `[batch, d_inner, pos]`, a cache's window in front where there is one."""
-    own = partial(original, hidden, *args, activation=activation, **options)
-    plain = partial(original, hidden, *args, activation=None, **options)
-    return _convolved(call, own, plain, hidden.dtype)
-
-
-def convolution_step(
-    call: MixerCall, original: Any, hidden: Tensor, window: Tensor, *args: Any, activation: Any, **options: Any
-) -> Tensor:
-    """causal_conv1d_update: one position; it shifts the cache's window in place, so the beside call has a copy."""
-    before = window.clone() if call.watched("conv") else window
-    own = partial(original, hidden, window, *args, activation=activation, **options)
-    plain = partial(original, hidden, before, *args, activation=None, **options)
-    return _convolved(call, own, plain, hidden.dtype)
-
-
-def _convolved(
-    call: MixerCall, own: Callable[[], Tensor], plain: Callable[[], Tensor], dtype: torch.dtype
-) -> Float[Tensor, "batch d_inner any"]:
-    """Show the convolution before its activation, trimmed to this call's positions."""
-    call.notes["convolved"] = True
-    if not call.watched("conv"):
-        return own()
-    with torch.set_grad_enabled(call.needs_graph("conv")):
-        conv = plain()[..., -call.n_pos :].mT
-        new = call.fire("conv", conv)
-        explicit = call.module.act(new.mT).to(dtype) if call.changed("conv") else None
-    result = own()  # also where edited: it moves the window of the cache
-    if explicit is None:
-        return result
-    return explicit if call.edited("conv") else with_gradient_of(explicit, result[..., -call.n_pos :])
+# ---------------------------------------------------------------------- functions
 
 
 def padding(call: MixerCall, original: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -147,6 +90,85 @@ def fused(call: MixerCall, original: Any, *args: Any, **options: Any) -> Any:
 
 
 # ---------------------------------------------------------------------- scan
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Selective:
+    """One call of the selective scan: decay_t = exp(delta_t A), write_t = (delta_t B_t) x_t, y_t = h_t C_t."""
+
+    x: Float[Tensor, "batch pos d_inner"]
+    dt: Float[Tensor, "batch pos d_inner"]
+    bias: Float[Tensor, " d_inner"] | None
+    A: Float[Tensor, "d_inner d_state"]
+    B: Float[Tensor, "batch pos d_state"]
+    C: Float[Tensor, "batch pos d_state"]
+    D: Float[Tensor, " d_inner"]
+    gate: Float[Tensor, "batch pos d_inner"]
+    start: Float[Tensor, "batch d_inner d_state"]
+    delta: Any = None
+    """The step size, once it is known."""
+    call_own: Callable[[], tuple[Tensor, Tensor | None]]
+    scan_from_zero: Callable[..., Any] | None = None
+    """HF's scan with its arguments but for dt, B, C, the positions, skip and gate; None for a single step."""
+    is_reference: bool = False
+    selection: tuple[str, ...] = SELECTION
+
+    @property
+    def is_step(self) -> bool:
+        """Whether HF calls the function of a single position."""
+        return self.scan_from_zero is None
+
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """Make HF's own call."""
+        return self.call_own()
+
+    def select(self, call: MixerCall) -> "Selective":
+        """Show B, C and the step size: delta = softplus(dt + bias), in the model's dtype."""
+        B, C = call.fire("B", self.B), call.fire("C", self.C)
+        pre = self.dt if self.bias is None else self.dt + self.bias.to(self.dt.dtype)
+        delta = call.fire("delta", F.softplus(call.fire("delta_pre", pre)))
+        return attrs.evolve(self, B=B, C=C, delta=delta)
+
+    def decay(self, at: Any) -> Float[Tensor, "batch *pos d_inner d_state"]:
+        """exp(delta A), in float32."""
+        return torch.exp(self.A * self.delta[:, at, ..., None])
+
+    def write(self, at: Any) -> Float[Tensor, "batch *pos d_inner d_state"]:
+        """(delta B) x, in float32."""
+        return self.delta[:, at, ..., None] * self.B[:, at, ..., None, :].float() * self.x[:, at, ..., None].float()
+
+    def advance(self, position: int, state: Tensor, decay: Tensor | None, write: Tensor | None) -> Tensor:
+        """decay_t h + write_t."""
+        kept = (self.decay(position) if decay is None else decay[:, position]) * state
+        return kept + (self.write(position) if write is None else write[:, position])
+
+    def readout(self, position: int, state: Tensor) -> Float[Tensor, "batch d_inner"]:
+        """h_t C_t, in the model's dtype."""
+        return torch.matmul(state.to(self.C.dtype), self.C[:, position, :, None])[..., 0]
+
+    def fast(self, call: MixerCall, first: int, stop: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        """HF's scan starts from zero, and the recurrence is linear: what `start` leaves is added.
+
+        exp(A sum of delta) only shrinks, so nothing overflows. HF's scan would swallow an `initial_states=` silently.
+        """
+        at, step = slice(first, stop), {}
+        if call.changed("delta_pre", "delta"):
+            step = {"dt": self.delta.mT[..., at], "delta_bias": None, "delta_softplus": False}
+        else:
+            step = {"dt": self.dt.mT[..., at]}
+        y, last = self.scan_from_zero(self.x.mT[..., at], B=self.B.mT[..., at], C=self.C.mT[..., at], **step)  # type: ignore[misc]
+        if first == 0:
+            return y.mT, last
+        total = self.delta[:, at].float().cumsum(1)
+        kept = torch.exp(self.A * total[..., None]) * start[:, None]  # batch some d_inner d_state
+        added = torch.einsum("bten,btn->bte", kept, self.C[:, at].to(kept.dtype))
+        return y.mT + added.to(y.dtype), last + kept[:, -1]
+
+    def finish(self, call: MixerCall, y: Float[Tensor, "batch pos d_inner"]) -> Float[Tensor, "batch pos d_inner"]:
+        """(y + D x) SiLU(z), in HF's layout: channel-first, which decides the bits of the projection that follows."""
+        out = call.fire("y", y).mT + self.x.mT * self.D[None, :, None]
+        gated = (call.fire("ssm_output", out.mT).mT * F.silu(self.gate.mT)).mT
+        return gated.to(self.x.dtype) if self.is_step else gated
 
 
 def scan(
@@ -165,52 +187,40 @@ def scan(
     **options: Any,
 ) -> Any:
     """mamba_selective_scan: whole sequences, from a state of zeros."""
-    given = {"delta_bias": delta_bias, **options}
-    own = partial(original, x, dt, A, B, C, D=D, z=z, return_last_state=return_last_state, **given)
+    options = {"delta_bias": delta_bias, **options}
+    own = partial(original, x, dt, A, B, C, D=D, z=z, return_last_state=return_last_state, **options)
     if not call.watched(*SCAN):
         return own()
-
-    def fast(s: Selective, call: MixerCall, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        at = slice(first, stop)
-        step = {"dt": dt, **given}
-        if call.changed("delta_pre", "delta") and s.delta is not None:
-            step = {"dt": s.delta.mT, **given, "delta_bias": None, "delta_softplus": False}
-        b, c = (s.B.mT if call.changed("B") else B), (s.C.mT if call.changed("C") else C)
-        y, last = original(
-            x[..., at],
-            step.pop("dt")[..., at],
-            A,
-            b[..., at],
-            c[..., at],
-            D=None,
-            z=None,
-            return_last_state=True,
-            **step,
+    if call.run.now.past:
+        raise UnsupportedHookError(
+            f"HF's Mamba starts its scan from zero when {call.n_pos} positions continue a cache, so nothing inside it "
+            "is true; give one position at a time"
         )
-        return y.mT, last
 
-    def own_pair() -> tuple[Tensor, Tensor | None]:
+    def from_zero(x: Tensor, **given: Any) -> Any:
+        dt, B, C = (given.pop(name) for name in ("dt", "B", "C"))
+        return original(x, dt, A, B, C, D=None, z=None, return_last_state=True, **{**options, **given})
+
+    def call_own() -> tuple[Tensor, Tensor | None]:
         result = own()
         return (result[0].mT, result[1]) if return_last_state else (result.mT, None)
 
     start = torch.zeros(x.shape[0], *A.shape, dtype=torch.promote_types(A.dtype, dt.dtype), device=x.device)
-    out, last = _scanned(
-        call,
-        Selective(
-            x=x.mT,
-            dt=dt.mT,
-            bias=delta_bias,
-            A=A,
-            B=B.mT,
-            C=C.mT,
-            D=D,
-            gate=z.mT,
-            start=start,
-            own=own_pair,
-            fast=fast,
-            is_reference=call.is_reference(original, x),
-        ),
+    selective = Selective(
+        x=x.mT,
+        dt=dt.mT,
+        bias=delta_bias,
+        A=A,
+        B=B.mT,
+        C=C.mT,
+        D=D,
+        gate=z.mT,
+        start=start,
+        call_own=call_own,
+        scan_from_zero=from_zero,
+        is_reference=call.is_reference(original, x),
     )
+    out, last = run_scan(call, selective)
     return (out.mT, last) if return_last_state else out.mT
 
 
@@ -243,118 +253,12 @@ def scan_step(
         D=D,
         gate=z[:, None],
         start=state.clone(),
-        own=lambda: (own()[:, None], None),
-        fast=None,
-        is_reference=False,
+        call_own=lambda: (own()[:, None], None),
     )
-    out, last = _scanned(call, selective)
+    out, last = run_scan(call, selective)
     if last is not None:
         state.copy_(last)
     return out[:, 0]
-
-
-def _scanned(call: MixerCall, s: Selective) -> tuple[Tensor, Tensor | None]:
-    """Show everything inside the scan; give its gated output, and the last state unless HF's call has seen to it."""
-    with torch.set_grad_enabled(call.needs_graph(*SCAN)):
-        s = _selected(call, s)
-        found = _recurred(call, s)
-    if found is None and s.fast is not None and s.is_reference and call.watched(*OUTPUT):
-        y, last = s.fast(s, call, 0, call.n_pos)  # HF's own scan, only cut open: the same bits in one run
-        return _gated(call, s, y), last
-    with torch.set_grad_enabled(call.needs_graph(*SCAN)):
-        if found is None and call.watched(*OUTPUT):
-            found = _plain(call, s)
-        explicit = None if found is None else _gated(call, s, found[0])
-    if found is not None and explicit is not None and call.edited(*SCAN):
-        return explicit.to(s.x.dtype) if s.fast is None else explicit, found[1]
-    out, last = s.own()
-    if found is not None and explicit is not None and call.changed(*SCAN):
-        out = with_gradient_of(explicit.to(out.dtype), out)
-        last = None if last is None else with_gradient_of(found[1].to(last.dtype), last)
-    return out, last
-
-
-def _selected(call: MixerCall, s: Selective) -> Selective:
-    """Show B, C and the step size: delta = softplus(dt + bias), in the model's dtype."""
-    B, C = call.fire("B", s.B), call.fire("C", s.C)
-    pre = s.dt if s.bias is None else s.dt + s.bias.to(s.dt.dtype)
-    delta = call.fire("delta", F.softplus(call.fire("delta_pre", pre)))
-    return attrs.evolve(s, B=B, C=C, delta=delta)
-
-
-def _recurred(call: MixerCall, s: Selective) -> tuple[Tensor, Tensor] | None:
-    """Show decay, write and state; give y and the last state where anything so far was changed.
-
-    decay_t = exp(delta_t A), write_t = (delta_t B_t) x_t, h_t = decay_t h_(t-1) + write_t, in float32; y_t = h_t C_t.
-    """
-    decay = call.fire("decay", _decay(s, slice(None))) if call.watched("decay") else None
-    write = call.fire("ssm_write", _write(s, slice(None))) if call.watched("ssm_write") else None
-    is_open = call.changed("decay", "ssm_write")
-
-    def advance(position: int, state: Tensor) -> Tensor:
-        d = _decay(s, position) if decay is None else decay[:, position]
-        return d * state + (_write(s, position) if write is None else write[:, position])
-
-    readout = partial(_readout, s)
-    watch = call.watches.get("ssm_state")
-    if watch is None:
-        if is_open:
-            y, last = walk(call, "ssm_state", s.start, advance, readout)
-            return None if y is None else (y, last)
-        return _plain(call, s) if call.changed(*SELECTION) else None
-    if s.fast is not None and not watch.wants_all and not is_open:
-        found = walk_segments(call, "ssm_state", s.start, partial(_fast_from, call, s), readout)
-    else:
-        needs_y = call.changed(*SELECTION) or is_open or bool(watch.entries) or watch.needs_graph
-        y, last = walk(call, "ssm_state", s.start, advance, readout if needs_y else None)
-        found = None if y is None else (y, last)
-    return found if call.changed(*SELECTION, *RECURRENCE) else None
-
-
-def _decay(s: Selective, at: Any) -> Float[Tensor, "batch *pos d_inner d_state"]:
-    return torch.exp(s.A * s.delta[:, at, ..., None])  # type: ignore[index]
-
-
-def _write(s: Selective, at: Any) -> Float[Tensor, "batch *pos d_inner d_state"]:
-    scaled = s.delta[:, at, ..., None] * s.B[:, at, ..., None, :].float()  # type: ignore[index]
-    return scaled * s.x[:, at, ..., None].float()
-
-
-def _readout(
-    s: Selective, position: int, state: Float[Tensor, "batch d_inner d_state"]
-) -> Float[Tensor, "batch d_inner"]:
-    return torch.matmul(state.to(s.C.dtype), s.C[:, position, :, None])[..., 0]
-
-
-def _plain(call: MixerCall, s: Selective) -> tuple[Tensor, Tensor]:
-    """Give y and the last state without looking inside the recurrence."""
-    if s.fast is not None:
-        return s.fast(s, call, 0, call.n_pos)
-    state = _decay(s, 0) * s.start + _write(s, 0)
-    return _readout(s, 0, state)[:, None], state
-
-
-def _fast_from(
-    call: MixerCall, s: Selective, first: int, stop: int, start: Float[Tensor, "batch d_inner d_state"]
-) -> tuple[Float[Tensor, "batch some d_inner"], Float[Tensor, "batch d_inner d_state"]]:
-    """HF's scan starts from zero, and the recurrence is linear: what `start` leaves is added.
-
-    exp(A sum of delta) only shrinks, so nothing overflows. HF's scan would swallow an `initial_states=` silently.
-    """
-    y, last = s.fast(s, call, first, stop)  # type: ignore[misc]
-    if first == 0:
-        return y, last
-    total = s.delta[:, first:stop].float().cumsum(1)  # type: ignore[index]
-    kept = torch.exp(s.A * total[..., None]) * start[:, None]  # batch some d_inner d_state
-    y = y + torch.einsum("bten,btn->bte", kept, s.C[:, first:stop].to(kept.dtype)).to(y.dtype)
-    return y, last + kept[:, -1]
-
-
-def _gated(call: MixerCall, s: Selective, y: Float[Tensor, "batch pos d_inner"]) -> Float[Tensor, "batch pos d_inner"]:
-    """(y + D x) SiLU(z), in HF's layout: channel-first, which decides the bits of the projection that follows."""
-    y = call.fire("y", y)
-    out = y.mT + s.x.mT * s.D[None, :, None]
-    return (call.fire("ssm_output", out.mT).mT * F.silu(s.gate.mT)).mT
 
 
 KERNEL = MixerKernel(

@@ -45,6 +45,7 @@ from lens_core.errors import (
 
 if TYPE_CHECKING:
     from lens_core import edits, view
+    from lens_core._state import State
     from lens_core._watch import Hook
     from lens_core.cache import ActivationCache
     from lens_core.hook_points import HookPoint
@@ -81,6 +82,7 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "PluginWarning",
+    "State",
     "StateError",
     "StateFileError",
     "TokenIdError",
@@ -102,6 +104,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "Hook": "lens_core._watch",
     "HookPoint": "lens_core.hook_points",
     "LensModel": "lens_core.model",
+    "State": "lens_core._state",
     "edits": "lens_core.edits",
     "load": "lens_core.model",
     "view": "lens_core.view",

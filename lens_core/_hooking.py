@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lens_core._arguments import checks_arguments
 from lens_core._context import active_run
 from lens_core._declaration import Declaration
+from lens_core._hf_cache import cache_argument
 from lens_core._plan import Run
 from lens_core._positions import read_positions
+from lens_core._state import config_facts
 from lens_core._watch import HookEntry, HookFunction
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError
@@ -29,6 +31,8 @@ class Hooked:
         self.hf_model: Any = hf_model
         self.declaration = declaration
         self.bare_model: Any = getattr(hf_model, "_orig_mod", hf_model)  # inside a torch.compile wrapper
+        self.cache_argument = cache_argument(self.bare_model)
+        self.config_facts = config_facts(self.bare_model)
         self._table = HookTable(declaration.points, aliases=declaration.aliases, hf_point=self._hf_point)
         self.added_hooks: list[HookEntry] = []
         self.hook_contexts: dict[str, dict[str, Any]] = {}

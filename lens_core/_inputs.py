@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
+from lens_core._declaration import CallInput
+from lens_core._state import NOTHING, Past, check_padding, takes_position_ids
 from lens_core.errors import ArgumentError, ContextLengthError, EmptyInputError
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ class Inputs:
     embeddings: Tensor | None = None
     attention_mask: Tensor | None = None
     """None where nothing is padding."""
+    whole_mask: Tensor | None = None
+    """Of all positions, those before this call's included, whatever part of it HF takes."""
     position_ids: Tensor | None = None
     targets: Tensor | None = None
     """Token ids that a loss is for."""
@@ -46,11 +50,14 @@ def read_input(
     padding_side: Literal["left", "right"] | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
+    past: Past = NOTHING,
     is_residual: bool = False,
     targets: Tensor | None = None,
+    continues: bool = False,
 ) -> Inputs:
     """Bring text, token ids, embeddings or a residual stream to HF's arguments.
+
+    `continues` says that a cache is filled from which later calls go on.
 
     Raises:
         InputError: What the model cannot take.
@@ -59,7 +66,6 @@ def read_input(
     cfg = model.declaration.cfg
     device = model.input_device
     tokens = embeddings = None
-    past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
     if isinstance(given, Tensor) and given.is_floating_point():
         if given.ndim != 3 or given.shape[-1] != cfg.d_model:
             raise ArgumentError(f"embeddings are [batch, pos, d_model={cfg.d_model}]; got {tuple(given.shape)}")
@@ -77,18 +83,26 @@ def read_input(
         tokens, mask = _read_tokens(model, given, prepend_bos=prepend_bos, padding_side=padding_side, past=past)
         attention_mask = mask if attention_mask is None else attention_mask
         batch, n_pos = tokens.shape
-    if past + n_pos > cfg.n_ctx:
+    total = past.length + n_pos
+    if cfg.n_ctx is not None and total > cfg.n_ctx:
         raise ContextLengthError(
-            f"{past + n_pos} positions are more than the model's context of {cfg.n_ctx}; shorten the input"
+            f"{total} positions are more than the model's context of {cfg.n_ctx}; shorten the input"
         )
+    attention_mask = past.joined(attention_mask, batch=batch, n_pos=n_pos)
     if attention_mask is not None:
         attention_mask, position_ids = _read_mask(
-            model, attention_mask, position_ids, batch=batch, total=past + n_pos, n_pos=n_pos
+            model, past, attention_mask, position_ids, batch=batch, total=total, n_pos=n_pos
         )
+    whole_mask = attention_mask
+    if model.declaration.read_call is not None:
+        call = CallInput(mask=attention_mask, past=past.length, n_pos=n_pos, continues=continues)
+        attention_mask = model.declaration.read_call(call)
+    check_padding(model, past, whole_mask)
     return Inputs(
         tokens=tokens,
         embeddings=embeddings,
         attention_mask=attention_mask,
+        whole_mask=whole_mask,
         position_ids=position_ids,
         targets=tokens if targets is None else targets,
     )
@@ -113,10 +127,14 @@ def visible_padding(tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Ten
 
 @checks_arguments
 def _read_tokens(
-    model: "LensModel", given: Any, *, prepend_bos: bool | None, padding_side: Any, past: int
+    model: "LensModel", given: Any, *, prepend_bos: bool | None, padding_side: Any, past: Past
 ) -> tuple[Tensor, Tensor | None]:
     cfg, device = model.declaration.cfg, model.input_device
     if is_text(given):
+        if past.length and prepend_bos is None:
+            prepend_bos = False  # a sequence has one beginning
+        if padding_side is None and (past.length or past.keeps_state):
+            padding_side = "left" if past.keeps_state else "right"  # not between tokens
         encoded = _tokens.to_tokens(
             model.tokenizer, given, prepend_bos=prepend_bos, padding_side=padding_side, device=device
         )
@@ -124,12 +142,19 @@ def _read_tokens(
     if prepend_bos is not None or padding_side is not None:
         raise ArgumentError("prepend_bos and padding_side are for text; token ids are taken as they are")
     tokens = _tokens.check_tokens(given, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx).to(device)
-    return tokens, None if past else visible_padding(model.tokenizer, tokens)
+    return tokens, None if past.length else visible_padding(model.tokenizer, tokens)
 
 
 @checks_arguments
 def _read_mask(
-    model: "LensModel", mask: object, position_ids: Tensor | None, *, batch: int, total: int, n_pos: int
+    model: "LensModel",
+    past: Past,
+    mask: object,
+    position_ids: Tensor | None,
+    *,
+    batch: int,
+    total: int,
+    n_pos: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Drop a mask without padding; derive position ids from one with padding, where the model needs them."""
     if not isinstance(mask, Tensor):
@@ -137,7 +162,8 @@ def _read_mask(
     mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.input_device)
     if bool(mask.all()) and position_ids is None:  # without a mask HF may read given ids as packed sequences
         return None, None
-    if position_ids is None and model.declaration.has_absolute_positions:
+    derives = model.declaration.has_absolute_positions or (past.derives_positions and takes_position_ids(model))
+    if position_ids is None and derives:
         position_ids = _tokens.position_ids(mask)[:, -n_pos:]
     return mask, position_ids
 

@@ -1,22 +1,20 @@
 """Generation by HF's own loop, with hooks live at every step."""
 
-import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from contextvars import copy_context
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import attrs
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from lens_core._arguments import checks_arguments
+from lens_core._hf_cache import note_length
 from lens_core._inputs import Inputs, is_text, read_input
+from lens_core._state import NOTHING, Past, State, extended, read_past
+from lens_core._streaming import Stream, progress
 from lens_core.cache import CacheSink
 from lens_core.errors import ArgumentError, ContextLengthError
 from lens_core.hook_points import NameFilter
@@ -46,6 +44,8 @@ def generate(
     padding_side: Literal["left", "right"] | None = "left",
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     return_type: Literal["input", "str", "tokens"] = "input",
+    past_key_values: Any = None,
+    return_state: bool = False,
     return_cache: bool = False,
     names_filter: NameFilter = None,
     device: Any = None,
@@ -75,17 +75,24 @@ def generate(
         padding_side: For a list of texts; generation continues on the right, so padding belongs on the left.
         attention_mask: For token ids with padding.
         return_type: `"input"` gives what `input` was, text or ids; `"str"` text; `"tokens"` ids, prompt included.
-        return_cache: Give `(result, cache)`; the cache holds the prompt's positions and the new ones, but for the last
-            token, which no forward has seen.
+        past_key_values: What the input continues: a state, which stays as it is, and then the input is new tokens only;
+            or a cache of HF's own, which HF extends in place, and then the input is the whole sequence, as HF wants it.
+        return_state: Give `(result, state)`; the state is that before the last token, which no forward has seen.
+        return_cache: Give `(result, cache)`, or `(result, cache, state)`; the cache holds the positions of this call,
+            but for the last token.
         names_filter: What to cache; None for the default names.
         device: Where to keep the cache.
         dtype: Kept dtype of floating activations.
         verbose: Show a progress bar.
         **hf_options: Anything else that HF's `generate` takes, such as `num_beams`.
 
+    Penalties count the tokens of this call, not those of the state.
+
     Raises:
         ContextLengthError: Prompt and new tokens do not fit the context.
-        ArgumentError: A wrong `return_type`, or an option that HF does not know.
+        StateError: A state of another model or batch.
+        ArgumentError: A wrong `return_type`, an option that HF does not know, or beams, drafts or
+            `use_past_kv_cache=False` with a state.
     """
     if return_type not in ("input", "str", "tokens"):
         raise ArgumentError(f"return_type is 'input', 'str' or 'tokens'; got {return_type!r}")
@@ -93,7 +100,10 @@ def generate(
     for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise ArgumentError(f"{name} is a number; got {number!r}")
-    inputs = _prompt(model, input, max_new_tokens, prepend_bos, padding_side, attention_mask)
+    past = _past(model, past_key_values, return_state=return_state, uses_cache=use_past_kv_cache, options=hf_options)
+    inputs = _prompt(
+        model, past, input, max_new_tokens, prepend_bos, padding_side, attention_mask, continues=use_past_kv_cache
+    )
     options = _hf_options(
         max_new_tokens=max_new_tokens,
         stop_at_eos=stop_at_eos,
@@ -109,13 +119,18 @@ def generate(
     )
     cache = model.new_cache()
     sinks = [CacheSink(cache, model.table.select(names_filter), device=device, dtype=dtype)] if return_cache else []
-    with model.running((), sinks), _progress(max_new_tokens if verbose else 0) as streamer:
-        tokens = _call_hf(model, inputs, {**options, **hf_options}, streamer=streamer)
+    with model.running((), sinks), progress(max_new_tokens if verbose else 0) as streamer:
+        output = _call_hf(model, past, inputs, {**options, **hf_options}, streamer=streamer)
+    tokens: Tensor = output.sequences if return_state else output
     as_text = return_type == "str" or (return_type == "input" and is_text(input))
     result = (
         _as_text(model, tokens, is_batch=isinstance(input, list) and not _is_conversation(input)) if as_text else tokens
     )
-    return (result, cache) if return_cache else result
+    results = (result, cache) if return_cache else (result,)
+    if return_state:
+        ends = _ends(model, stop_at_eos=stop_at_eos, given=eos_token_id)
+        results = (*results, _state_after(model, past, inputs, output, ends))
+    return results if len(results) > 1 else result
 
 
 @checks_arguments
@@ -140,9 +155,11 @@ def generate_stream(
         return_type: `"tokens"` gives ids `[batch, new]`, the others text for one row and a list for several.
         **options: As in `generate`.
     """
+    if options.get("return_state"):
+        raise ArgumentError("a stream gives tokens only; generate gives back a state")
     if max_tokens_per_yield < 1:
         raise ArgumentError(f"max_tokens_per_yield is at least 1; got {max_tokens_per_yield}")
-    stream = _Stream()
+    stream = Stream()
     outcome: list[BaseException] = []
 
     def work() -> None:
@@ -174,16 +191,32 @@ def generate_stream(
 
 
 def _prompt(
-    model: "LensModel", given: Any, max_new_tokens: Any, prepend_bos: Any, padding_side: Any, mask: Any
+    model: "LensModel",
+    past: Past,
+    given: Any,
+    max_new_tokens: Any,
+    prepend_bos: Any,
+    padding_side: Any,
+    mask: Any,
+    *,
+    continues: bool,
 ) -> Inputs:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens is a positive number; got {max_new_tokens!r}")
     if isinstance(given, Tensor) and given.is_floating_point():
         raise ArgumentError("generation starts from text or token ids, not from embeddings")
     side = padding_side if is_text(given) else None
-    inputs = read_input(model, given, prepend_bos=prepend_bos, padding_side=side, attention_mask=mask)
-    n_prompt, n_ctx = inputs.tokens.shape[1] if inputs.tokens is not None else 0, model.cfg.n_ctx
-    if n_prompt + max_new_tokens > n_ctx:
+    inputs = read_input(
+        model,
+        given,
+        prepend_bos=prepend_bos,
+        padding_side=side,
+        attention_mask=mask,
+        past=past,
+        continues=continues and (max_new_tokens > 1 or past.keeps_state),
+    )
+    n_prompt, n_ctx = past.length + (inputs.tokens.shape[1] if inputs.tokens is not None else 0), model.cfg.n_ctx
+    if n_ctx is not None and n_prompt + max_new_tokens > n_ctx:
         raise ContextLengthError(
             f"{n_prompt} prompt tokens and {max_new_tokens} new ones are more than the context of {n_ctx}; "
             "ask for fewer"
@@ -214,19 +247,66 @@ def _hf_options(
     return options
 
 
-def _call_hf(model: "LensModel", inputs: Inputs, options: dict[str, Any], *, streamer: Any) -> Tensor:
+def _past(model: "LensModel", given: Any, *, return_state: bool, uses_cache: bool, options: dict[str, Any]) -> Past:
+    """Read what to go on from; a cache of HF's own is left to HF."""
+    if given is not None and not isinstance(given, State) and not return_state:
+        return Past(cache=read_past(model, given).cache)
+    past = read_past(model, given, keeps_state=return_state)
+    if past is NOTHING:
+        return past
+    if not uses_cache:
+        raise ArgumentError("a state is the model's own cache: leave use_past_kv_cache=False out")
+    config: Any = model.hf_model.generation_config
+    for name in ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "assistant_model"):
+        value = options.get(name, getattr(config, name, None))
+        if value not in (None, 1):
+            raise ArgumentError(
+                f"{name}={value!r} reorders, repeats or cuts HF's cache while it generates, so no state goes in or "
+                "comes out; state.fork(n=...) gives several rows to continue"
+            )
+    if return_state and any(options.get(name) is not None for name in ("stopping_criteria", "stop_strings")):
+        raise ArgumentError("return_state needs to know where each row ends: by its end token, or at max_new_tokens")
+    return past
+
+
+def _call_hf(model: "LensModel", past: Past, inputs: Inputs, options: dict[str, Any], *, streamer: Any) -> Any:
     mask = inputs.attention_mask
     if mask is None and inputs.tokens is not None:
-        mask = torch.ones_like(inputs.tokens)
+        before = past.length if model.cache_argument == "past_key_values" else 0
+        mask = torch.ones_like(inputs.tokens[:, :1]).repeat(1, before + inputs.tokens.shape[1])
     if streamer is not None:
         options = {"streamer": streamer, **options}
+    if past.cache is not None:
+        options = {model.cache_argument: past.cache, **options}
+    if past.keeps_state:
+        options = {**options, "return_dict_in_generate": True}
     try:
-        tokens: Tensor = model.hf_model.generate(inputs.tokens, attention_mask=mask, **options)
+        return model.hf_model.generate(inputs.tokens, attention_mask=mask, **options)
     except ValueError as error:
         if "model_kwargs" in str(error):
             raise ArgumentError(f"HF's generate does not know an option: {error}") from error
         raise
-    return tokens
+
+
+def _ends(model: "LensModel", *, stop_at_eos: bool, given: Any) -> list[int]:
+    """List the tokens at which a row ends."""
+    if not stop_at_eos:
+        return []
+    ends: Any = model.hf_model.generation_config.eos_token_id if given is None else given
+    return list(cast("list[int]", ends)) if isinstance(ends, list) else [] if ends is None else [int(ends)]
+
+
+def _state_after(model: "LensModel", past: Past, inputs: Inputs, output: Any, ends: list[int]) -> State:
+    """Make the state after all tokens but the last, which was not run; what HF fills ended rows with is padding."""
+    run: Tensor = output.sequences[:, :-1]
+    prompt = cast("Tensor", inputs.tokens).shape[1]
+    ended = torch.isin(run[:, prompt:], torch.tensor(ends, dtype=run.dtype, device=run.device))
+    after_end = ended.cumsum(1) - ended.long() > 0
+    before = inputs.whole_mask
+    if before is None:
+        before = torch.ones(len(run), past.length + prompt, dtype=torch.long, device=run.device)
+    note_length(output.past_key_values, past.length + run.shape[1])
+    return extended(model, past, output.past_key_values, run, torch.cat([before, 1 - after_end.long()], dim=1))
 
 
 def _pad_id(model: "LensModel") -> int:
@@ -266,54 +346,3 @@ class _StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class _Stream(BaseStreamer):
-    """Hands new tokens from HF's loop to an iterator; the prompt, which HF puts first, is dropped."""
-
-    def __init__(self) -> None:
-        self.closed = threading.Event()
-        self._queue: queue.Queue[Tensor | None] = queue.Queue()
-        self._seen_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        if self._seen_prompt:
-            self._queue.put(value.reshape(-1, 1))
-        self._seen_prompt = True
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def pieces(self, size: int) -> Iterator[Tensor]:
-        """Give tokens `[batch, up to size]` until the end."""
-        waiting: list[Tensor] = []
-        while (step := self._queue.get()) is not None:
-            waiting.append(step)
-            if len(waiting) == size:
-                yield torch.cat(waiting, dim=1)
-                waiting = []
-        if waiting:
-            yield torch.cat(waiting, dim=1)
-
-
-@attrs.define(eq=False)
-class _Bar(BaseStreamer):
-    advance: Callable[[], None]
-
-    def put(self, value: Tensor) -> None:
-        self.advance()
-
-    def end(self) -> None:
-        pass
-
-
-@contextmanager
-def _progress(total: int) -> Generator[BaseStreamer | None, None, None]:
-    if not total:
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task("generating", total=total + 1)
-        yield _Bar(partial(progress.advance, task))

@@ -11,11 +11,14 @@ from torch import Tensor
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
 from lens_core._declaration import LensConfig
+from lens_core._hf_cache import cache_in, note_length
 from lens_core._inputs import Inputs, read_input, token_loss
 from lens_core._loading import Loaded, load_hf, tokenizer_options
 from lens_core._pieces import Pieces
 from lens_core._plan import StopForward
 from lens_core._positions import read_positions
+from lens_core._state import extended, fills_cache, read_past
+from lens_core._state_file import load_state, save_state
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError, InputError
 from lens_core.generation import generate, generate_stream
@@ -133,6 +136,7 @@ class LensModel(Pieces):
         stop_at_layer: int | None = None,
         tokens: Int[Tensor, "batch pos"] | None = None,
         past_key_values: Any = None,
+        return_state: bool = False,
         use_cache: bool | None = None,
     ) -> Any:
         """Run HF's forward, with whatever hooks are live.
@@ -142,24 +146,33 @@ class LensModel(Pieces):
                 `[batch, pos, d_model]`, or, with `start_at_layer`, the residual stream that enters that block.
             return_type: `"logits"`, `"loss"` (mean next-token cross-entropy in nats, real tokens only), `"both"`, None.
             loss_per_token: Loss for each position `[batch, pos - 1]`, zero where the target or its context is padding.
-            prepend_bos: None does what the tokenizer does; True or False forces exactly one BOS or none.
-            padding_side: For a list of texts; None is the tokenizer's own. It changes no value at real positions.
-            attention_mask: 1 for real tokens, past ones included; None derives it.
-            position_ids: None derives them from the mask for models with absolute positions.
+            prepend_bos: None does what the tokenizer does, and makes no BOS where a sequence goes on; True or False
+                forces exactly one BOS or none.
+            padding_side: For a list of texts; None is the tokenizer's own, or where none comes between the tokens of a
+                sequence that goes on. It changes no value at real positions.
+            attention_mask: 1 for real tokens; None derives it. It includes positions before this call's, which a state
+                knows and which may then be left out.
+            position_ids: None derives them from the mask for models with absolute positions, and wherever a state is
+                given or returned.
             start_at_layer: Skip the blocks below; they are not run. Negative counts from the end.
             stop_at_layer: Return the residual stream that enters this block `[batch, pos, d_model]`; the blocks from
                 here on are not run. `n_layers` gives what enters the final norm.
             tokens: Targets for the loss where the input is embeddings or a residual stream.
-            past_key_values: HF's cache, to continue a sequence; it is extended in place.
-            use_cache: Whether HF fills `past_key_values`; None when one is given.
+            past_key_values: What the input continues: a state, which stays as it is, or an HF cache, which HF extends
+                in place.
+            return_state: Give `(output, state)`, to go on from.
+            use_cache: HF's; None fills a cache where one is given or a state is to come back.
 
         Raises:
             InputError: Input that the model cannot take: empty, unknown ids, too long, no tokenizer, no pad token.
+            StateError: A state of another model or batch, or padding that would stand between its tokens.
             ArgumentError: An argument of the wrong kind, such as a layer that does not exist.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ArgumentError(f"return_type is 'logits', 'loss', 'both' or None; got {return_type!r}")
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        past = read_past(self, past_key_values, keeps_state=return_state)
+        wants_cache = fills_cache(past, use_cache, is_partial=start is not None or stop is not None)
         inputs = read_input(
             self,
             input,
@@ -167,16 +180,16 @@ class LensModel(Pieces):
             padding_side=padding_side,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past=past,
             is_residual=start is not None,
             targets=tokens,
+            continues=wants_cache,
         )
-        wants_cache = past_key_values is not None if use_cache is None else use_cache
         residual = inputs.embeddings if start is not None else None
         with self.running(start_at=start, stop_at=stop, residual=residual) as run:
             try:
                 output = self.hf_model(
-                    **inputs.for_hf(), past_key_values=past_key_values, use_cache=wants_cache and start is None
+                    **inputs.for_hf(), **{self.cache_argument: past.cache}, use_cache=wants_cache and start is None
                 )
             except StopForward as stopped:
                 return stopped.residual if run is None or not run.sinks else stopped.residual.clone()
@@ -189,7 +202,11 @@ class LensModel(Pieces):
                 if run is not None and run.keeps("hook_logits", "unembed.hook_out")
                 else output.logits
             )
-        return self._result(logits, inputs, return_type, loss_per_token=loss_per_token)
+        note_length(cache_in(output), past.length + logits.shape[1])
+        result = self._result(logits, inputs, return_type, loss_per_token=loss_per_token)
+        if not return_state:
+            return result
+        return result, extended(self, past, cache_in(output), inputs.tokens, inputs.whole_mask)
 
     def _result(self, logits: Tensor, inputs: Inputs, return_type: ReturnType, *, loss_per_token: bool) -> Any:
         if return_type is None:
@@ -279,7 +296,7 @@ class LensModel(Pieces):
             with self.running((), (sink,)):
                 output = self.forward(input, **kwargs)
                 if incl_bwd:
-                    _backward(output)
+                    _backward(output[0] if kwargs.get("return_state") else output)
         finally:
             if clear_contexts:
                 self.clear_contexts()
@@ -314,6 +331,8 @@ class LensModel(Pieces):
 
     generate = generate
     generate_stream = generate_stream
+    save_state = save_state
+    load_state = load_state
 
     def new_cache(self) -> ActivationCache:
         """Make an empty cache of this model."""

@@ -1,7 +1,16 @@
-"""Comparison of a value with golden's, in units of the value's own scale."""
+"""Runs of a pair, and comparison with golden's in units of the value's own scale."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from families.subject import Pair, Subject
+from golden.edits import Edit
 from torch import Tensor
+
+TOLERANCE = 1e-9
+"""In true float64, of the value's scale: rounding of a few hundred operations stays well below."""
 
 
 def error(ours: Tensor, expected: Tensor) -> float:
@@ -14,11 +23,49 @@ def error(ours: Tensor, expected: Tensor) -> float:
     if not torch.equal(ours == -torch.inf, hidden):
         return float("inf")
     ours, expected = ours.detach().double().masked_fill(hidden, 0), expected.detach().double().masked_fill(hidden, 0)
-    return float((ours - expected).abs().max()) / max(1.0, float(expected.abs().max())) if ours.numel() else 0.0
+    if not ours.numel():
+        return 0.0
+    off = float((ours - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+    return float("inf") if math.isnan(off) else off
 
 
-def same(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:
+def same(name: str, ours: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     """Assert that a value is golden's, and say what is off."""
     assert tuple(ours.shape) == tuple(expected.shape), f"{name}: shape {tuple(ours.shape)}, not {tuple(expected.shape)}"
     off = error(ours, expected)
     assert off <= tolerance, f"{name}: off by {off:.2e}"
+
+
+def part(subject: Subject, name: str, value: Tensor, start: int, stop: int) -> Tensor:
+    """Cut a whole run's value down to a call's positions, and to the keys that exist by then."""
+    pos, key = subject.pos_axis(name), subject.key_axis(name)
+    value = value if pos is None else value.narrow(pos, start, stop - start)
+    return value if key is None else value.narrow(key, 0, stop)
+
+
+def real_part(subject: Subject, name: str, value: Tensor, row: int, real: Tensor) -> Tensor:
+    """Take one row's real positions, and real keys where there is a key axis."""
+    value = value[row : row + 1]
+    for axis in (subject.pos_axis(name), subject.key_axis(name)):
+        value = value if axis is None else value.index_select(axis, real)
+    return value
+
+
+def run(
+    one: Pair, tokens: Tensor, entries: Sequence[Any] = (), names: Sequence[str] | None = None, **options: Any
+) -> tuple[Tensor, Any]:
+    """Run with the entries and cache the names (all of them by default), without a graph."""
+    with torch.no_grad(), one.model.hooks(fwd_hooks=list(entries)):
+        return one.model.run_with_cache(tokens, names_filter=list(names or one.names()), **options)
+
+
+def check(one: Pair, tokens: Tensor, entries: Sequence[Any], edits: dict[str, Edit], **options: Any) -> None:
+    """Compare logits and every value with golden's under the same edits, and see that the edits do something."""
+    plain, _ = one.golden(tokens, **options)
+    expected, values = one.golden(tokens, edits=edits, **options)
+    assert (expected - plain).abs().max() > 1e-3, f"{list(edits)}: the edit moves nothing, so it tests nothing"
+    logits, cache = run(one, tokens, entries, **options)
+    off = {name: error(cache[name], values[name]) for name in one.names()}
+    off = {name: value for name, value in off.items() if not value <= TOLERANCE}
+    off |= {"logits": error(logits, expected)} if not error(logits, expected) <= TOLERANCE else {}
+    assert not off, f"edit at {list(edits)}: off at {off}"

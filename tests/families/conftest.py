@@ -11,6 +11,11 @@ What a test asks for
     `subject` alone, or with `attn` (each of the subject's implementations).
     `wide` is the pair in float64, and the test runs inside `true_float64()`; `narrow` is the pair in float32. Both are
     shared by all tests: a test that trains, or changes parameters or mode, builds its own with `families.subject.pair`.
+
+Markers
+    `in_full`: only for subjects with `full`. `sampled`: not for `light` ones; those that are not `full` under their
+    first implementation only. `once`: under the first implementation only. `subjects(fn)`: only those for which
+    `fn(subject)` holds. Without a marker: all subjects, under each of their implementations.
 """
 
 from collections.abc import Iterator
@@ -24,6 +29,9 @@ from families.subjects import SUBJECTS
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker that restricts a test to some subjects."""
     config.addinivalue_line("markers", "subjects(chosen): only the subjects for which this function holds")
+    config.addinivalue_line("markers", "in_full: only the subjects that are tried in full")
+    config.addinivalue_line("markers", "once: under the subject's first implementation only")
+    config.addinivalue_line("markers", "sampled: no light subject, and one implementation of those not tried in full")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -31,9 +39,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" not in metafunc.fixturenames:
         return
     wanted = metafunc.definition.get_closest_marker("subjects")
+    in_full, sampled, once = (metafunc.definition.get_closest_marker(name) for name in ("in_full", "sampled", "once"))
     chosen = [s for s in SUBJECTS if wanted is None or wanted.args[0](s)]
+    chosen = [s for s in chosen if s.full or not (in_full or (sampled and s.light))]
     if "attn" in metafunc.fixturenames:
-        cases = [(s, attn) for s in chosen for attn in s.implementations]
+        few = [s for s in chosen if once or (sampled and not s.full)]
+        cases = [(s, attn) for s in chosen for attn in s.implementations[: 1 if s in few else None]]
         metafunc.parametrize(("subject", "attn"), cases, ids=[f"{s.name}-{attn}" for s, attn in cases])
     else:
         metafunc.parametrize("subject", chosen, ids=[s.name for s in chosen])

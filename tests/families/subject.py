@@ -49,6 +49,8 @@ class Subject:
     """What `attn_implementation` may be; ("eager",) where HF has one way only."""
     full: bool = False
     """Whether every law is tried on it in full; otherwise a sample."""
+    light: bool = False
+    """Whether only tables and values are tried: a variant that has no seam of its own."""
     layers: tuple[int, ...] = (1,)
     """Blocks where every name is edited; names of the other blocks are read only."""
     edit_at: Callable[..., Any] = common.edit_at
@@ -64,8 +66,8 @@ class Subject:
     """Names whose function is called once per position, with that position alone on the position axis."""
     head_axis: Callable[[str], int | None] = lambda name: None
     """The axis of heads (or channels), where an edit may be restricted to one of them."""
-    pos_axis: Callable[[str], int] = common.pos_axis
-    """Which axis is the positions; a name with 2 has the keys on axis 3."""
+    pos_axis: Callable[[str], int | None] = common.pos_axis
+    """Which axis is the positions of this call."""
     key_axis: Callable[[str], int | None] = lambda name: 3 if common.pos_axis(name) == 2 else None
     """Which axis is the keys (all real positions so far)."""
     gradient: Callable[[str], bool] = lambda name: name != "hook_tokens" and not name.endswith("indices")

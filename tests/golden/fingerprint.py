@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import cache_utils, masking_utils, modeling_utils
+from transformers.integrations import moe, sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SHARED = (cache_utils, masking_utils, modeling_utils, moe, sdpa_attention, torch.nn.functional)
+"""Modules that every model of transformers goes through."""
 
 HOOK_DICTS = (
     "_forward_hooks",
@@ -34,6 +39,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             if "global_" in name and isinstance(getattr(nn.modules.module, name), dict)
         ],
     }
+    for scope in SHARED:
+        found[f"globals of {scope.__name__}"] = {key: id(value) for key, value in vars(scope).items()}
+    for cls in (value for value in vars(cache_utils).values() if inspect.isclass(value)):
+        found[f"{cls.__module__}.{cls.__qualname__}"] = {key: id(value) for key, value in vars(cls).items()}
     for path, module in model.named_modules():
         for name in HOOK_DICTS:
             found[f"{path}:{name}"] = [id(value) for value in getattr(module, name).values()]

@@ -43,9 +43,11 @@ class EffectiveAttention:
     """Effective attention of one layer in one run.
 
     Attributes:
-        values: `[batch, head, target, source]`, zero where the source comes later. An int for target, source or heads
-            dropped that axis; a reduction dropped the axis of heads; a cache without a batch axis, that of the batch.
+        values: Zero where the source comes later.
+        axes: What the axes of `values` are: of `batch`, `channel` or `head`, `target` and `source` those that no int,
+            no reduction and no cache without a batch axis dropped.
         layer: The layer.
+        heads: The channels or heads that are there, or that were reduced.
         per: What one map belongs to: a `channel` (Mamba-1) or a `head` (Mamba-2).
         skip: Whether D is on the diagonal.
         with_delta: Whether the source's step size is in it, so that it gives the output back.
@@ -56,7 +58,9 @@ class EffectiveAttention:
     """
 
     values: Tensor = attrs.field(repr=lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}")
+    axes: tuple[str, ...]
     layer: int
+    heads: tuple[int, ...] = attrs.field(repr=False)
     per: Literal["channel", "head"]
     skip: bool
     with_delta: bool
@@ -118,10 +122,19 @@ def effective_attention(
     rebuilt = _Rebuilt()
     can_rebuild = with_delta and source is None and None not in (scan.x, scan.output if skip else scan.y)
     values = _streamed(scan, heads, wanted, rebuilt.see if can_rebuild else None)
+    per = "head" if "n_heads" in cache.table[f"blocks.{layer}.mixer.hook_delta"].shape.split() else "channel"
+    dropped = {
+        "batch": not cache.has_batch_dim,
+        per: reduce is not None or isinstance(heads, int),
+        "target": isinstance(read_positions(target), int),
+        "source": isinstance(read_positions(source), int),
+    }
     return EffectiveAttention(
         values=values if cache.has_batch_dim else values[0],
+        axes=tuple(axis for axis, gone in dropped.items() if not gone),
         layer=layer,
-        per="head" if "n_heads" in cache.table[f"blocks.{layer}.mixer.hook_delta"].shape.split() else "channel",
+        heads=tuple(int(head) for head in sliced(torch.arange(scan.n_heads), 0, heads).reshape(-1)),
+        per=per,
         skip=skip,
         with_delta=with_delta,
         error=rebuilt.error if can_rebuild else None,

@@ -86,7 +86,7 @@ def half_life(
         >>> import lens_core as lens
         >>> model = lens.load("toy:mamba2")
         >>> _, cache = model.run_with_cache("the cat sat on the mat")
-        >>> half_life(cache, 0).shape == (model.cfg.n_ssm_heads,)
+        >>> half_life(cache, 0).shape == (model.cfg.n_heads,)
         True
     """
     tokens = scan_half_life(read_scan(cache, layer), pos_slice=pos_slice, mask=mask)

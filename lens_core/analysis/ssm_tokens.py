@@ -220,7 +220,7 @@ def _gate(cache: "ActivationCache", layer: int, target: int, width: int) -> Floa
     if f"{prefix}inner_norm.hook_scale" not in cache.table:
         return gate
     scale = _rows(cache, f"{prefix}inner_norm.hook_scale")[:, target]
-    gain = model_of(cache).weight("w_inner_norm", layer).detach().to(gate)
+    gain = model_of(cache).weight("W_inner_norm", layer).detach().to(gate)
     return gate / scale.repeat_interleave(width // scale.shape[-1], dim=-1) * gain
 
 

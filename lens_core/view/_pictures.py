@@ -22,6 +22,7 @@ def attention(
     labels: Sequence[str] | None = None,
     title: str | None = None,
     highlight: Iterable[str | int] = (),
+    note: str | None = None,
 ) -> Picture:
     """Draw one heat map per head, each with the text it reads.
 
@@ -35,6 +36,7 @@ def attention(
         labels: A name per head; `head 0`, `head 1`, ... if absent. Not with a mapping.
         title: Stands above the picture.
         highlight: Heads to outline, by label or by number.
+        note: A line below the title: what the values are, where they are no attention pattern.
 
     Raises:
         ArgumentError: shapes, labels and tokens do not fit each other, or a highlighted head does not exist.
@@ -60,8 +62,9 @@ def attention(
     )
     legend = _legend("weight" if bounded else "value", "map-signed" if signed else "map", ends)
     hint = '<span class="lens-muted">rows: the token that looks (query) · columns: the token looked at (key)</span>'
+    remark = f'<p class="lens-muted">{text(note)}</p>' if note else ""
     content = (
-        f'<div class="lens-row">{legend}{hint}</div>'
+        f'{remark}<div class="lens-row">{legend}{hint}</div>'
         f'<div class="lens-heads" style="--columns:{_columns(len(names))}">{tiles}</div>'
         f'<div class="lens-detail"></div><noscript><p class="lens-muted">The heat maps need JavaScript.</p></noscript>'
         f"{_values.json_script(data)}"

@@ -79,7 +79,8 @@ def test_the_activation_passes_gradients_as_its_sigmoid(subject):
     """On the way to the convolution: the gradient at x times sigmoid(v), the slope of SiLU left out."""
     names = [f"blocks.1.mixer.hook_{name}" for name in ("conv_in", "conv", "ssm_input")]
     _, cache = gradient(subject, ["activation", "B", "C"], names=names)
-    x, width = cache.grad[names[2]].flatten(2), subject.hf.config.intermediate_size
+    x = cache.grad[names[2]].flatten(2)
+    width = x.shape[-1]
     at_v = x * torch.sigmoid(cache[names[1]][..., :width])
     kernel = subject.own(1, "conv1d.weight")[:width, 0]
     expected = torch.zeros_like(x)

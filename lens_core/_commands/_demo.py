@@ -12,6 +12,8 @@ from rich.text import Text
 
 from lens_core import view
 from lens_core._commands._demo_page import Attribution, DemoResult, demo_page, head_label
+from lens_core._commands._demo_parts import Reading
+from lens_core._commands._demo_scan_page import NO_SOFTMAX, ScanResult, TokenParts, place_label, scan_page
 from lens_core._commands._given import MODEL_HELP, add_loading, add_text, check_target, load, read_text
 from lens_core._commands._terminal import console, progress
 
@@ -26,8 +28,10 @@ _STEPS = 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = (
-        "Load a model, show what it predicts, cache every activation, find the induction heads by their attention "
-        "patterns, ablate them and a control, attribute the logits to heads, and write it all on one HTML page."
+        "Load a model, show what it predicts, cache every activation, and find what copies: induction heads by their "
+        "attention patterns, which are ablated beside a control; or, in state-space mixers, the tokens that the "
+        "effective attention reads from, which are hidden beside a control. Attribute the logits to heads or to source "
+        "tokens, and write it all on one HTML page."
     )
     parser.add_argument("--model", metavar="MODEL", default="toy:gpt2", help=f"{MODEL_HELP} (default: toy:gpt2)")
     add_text(parser, required=False)
@@ -48,13 +52,19 @@ def run(arguments: argparse.Namespace) -> int:
         text = choose_text(model, given, seed=arguments.seed)
         result = measure(model, text, _command(arguments), begin=begin)
         begin("writing the page")
-        path = demo_page(result).save(arguments.out)
+        page = scan_page(result) if isinstance(result, ScanResult) else demo_page(result)
+        path = page.save(arguments.out)
     out = console()
     _print_text(out, result, text.notes)
-    _print_heads(out, result)
-    _print_ablation(out, result)
-    if result.attribution is not None:
-        _print_attribution(out, result.attribution)
+    if isinstance(result, ScanResult):
+        _print_maps(out, result)
+        _print_knocked_out(out, result)
+        _print_tokens(out, result)
+    else:
+        _print_heads(out, result)
+        _print_ablation(out, result)
+        if result.attribution is not None:
+            _print_attribution(out, result.attribution)
     print(f"\nThe page, for a browser: {path.absolute()}")
     return int(result.attribution is not None and not result.attribution.is_exact)
 
@@ -70,7 +80,7 @@ def _command(arguments: argparse.Namespace) -> str:
     return shlex.join([*words, "--out", Path(arguments.out).name])
 
 
-def _print_text(out: Console, result: DemoResult, notes: "Iterable[str]") -> None:
+def _print_text(out: Console, result: Reading, notes: "Iterable[str]") -> None:
     out.print(Text(f"{result.model}: {result.description}; {result.activations} cached", style="bold"))
     for note in notes:
         out.print(Text(f"Note: {note}.", style="yellow"))
@@ -130,7 +140,6 @@ def _print_ablation(out: Console, result: DemoResult) -> None:
 
 
 def _print_attribution(out: Console, parts: Attribution) -> None:
-    answer, rival = (view.visible(word).removeprefix("·") for word in (parts.answer, parts.rival))
     table = _table("part", "logits")
     ranked = sorted(zip(parts.labels, parts.values, strict=True), key=lambda part: -abs(part[1]))
     for label, value in ranked[:_HEADS]:
@@ -138,8 +147,53 @@ def _print_attribution(out: Console, parts: Attribution) -> None:
     if ranked[_HEADS:]:
         table.add_row(f"{len(ranked) - _HEADS} other heads", f"{sum(value for _, value in ranked[_HEADS:]):+.3f}")
     table.add_row("embeddings, MLPs, biases", f"{parts.remainder:+.3f}")
-    table.add_row("sum", f"{sum(parts.values) + parts.remainder:+.3f}", style="bold")
-    table.add_row("the model's own logits", f"{parts.total:+.3f}", style="bold")
+    _print_sum(out, table, parts)
+
+
+def _print_maps(out: Console, result: ScanResult) -> None:
+    places = [place_label(offset) for offset in range(len(result.even))]
+    table = _table("map", *places)
+    for score in result.scores[:_HEADS]:
+        style = "bold" if score.label == result.copying else ""
+        table.add_row(score.label, *[f"{share:.2f}" for share in score.shares], style=style)
+    table.add_row("all tokens alike", *[f"{share:.2f}" for share in result.even], style="dim")
+    _print_table(out, f"Where the effective attention of layers and {result.per}s looks, as shares of its size", table)
+    out.print(Text(NO_SOFTMAX, style="dim"))
+
+
+def _print_knocked_out(out: Console, result: ScanResult) -> None:
+    run = result.knocked_out
+    if run is None:
+        return
+    table = _table("hidden", "loss", "change")
+    table.add_row("nothing", f"{run.clean:.3f}", "")
+    for name, loss in ((place_label(result.offset), run.copied), ("control: as many others", run.control)):
+        table.add_row(name, f"{loss:.3f}", f"{loss - run.clean:+.3f}")
+    title = (
+        f"Loss on {len(run.pairs)} repeated tokens in nats, with tokens hidden from the positions that foretell them"
+    )
+    _print_table(out, title, table)
+
+
+def _print_tokens(out: Console, result: ScanResult) -> None:
+    parts = result.attribution
+    table = _table("layer", "position", "token", "logits")
+    every = [(value, layer, at) for layer, row in enumerate(parts.values) for at, value in enumerate(row)]
+    ranked = sorted(every, key=lambda part: -abs(part[0]))
+    for value, layer, at in ranked[:_HEADS]:
+        token = Text(view.visible(result.tokens[at]).removeprefix("·"))
+        table.add_row(parts.labels[layer], str(at), token, f"{value:+.3f}")
+    table.add_row("", "", "other tokens", f"{sum(value for value, _, _ in ranked[_HEADS:]):+.3f}")
+    table.add_row("", "", "biases, the token's own embedding", f"{parts.remainder:+.3f}")
+    _print_sum(out, table, parts)
+
+
+def _print_sum(out: Console, table: Table, parts: "Attribution | TokenParts") -> None:
+    """End a table of parts: their sum, what was measured, and whether the two agree."""
+    blank = [""] * (len(table.columns) - 2)
+    table.add_row(*blank, "sum", f"{parts.sum:+.3f}", style="bold")
+    table.add_row(*blank, "the model's own logits", f"{parts.total:+.3f}", style="bold")
+    answer, rival = (view.visible(word).removeprefix("·") for word in (parts.answer, parts.rival))
     _print_table(out, f"Logit of “{answer}” less that of “{rival}”, after position {parts.position}", table)
     if parts.is_exact:
         out.print(Text(f"The two agree to {parts.error:.0e}.", style="dim"))
@@ -153,8 +207,8 @@ def _print_table(out: Console, title: str, table: Table) -> None:
 
 
 def _table(*columns: str) -> Table:
-    numbers = ("induction", "previous token", "duplicate token", "loss", "change", "logits")
+    words = ("after", "what follows", "its guesses", "head", "part", "ablated", "map", "hidden", "layer", "token")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in columns:
-        table.add_column(heading, justify="right" if heading in numbers else "left")
+        table.add_column(heading, justify="left" if heading in words else "right")
     return table

@@ -1,28 +1,15 @@
-"""The page that `lens demo` writes: plain values in, one HTML page out. Imports neither torch nor transformers."""
+"""The page that `lens demo` writes of attention heads: plain values in, one HTML page out. Imports no torch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from lens_core import view
+from lens_core._commands._demo_parts import Reading, deepest, listed, page, signed, verdict
 
 _ROWS = 8  # heads in the table of scores
 _BARS = 16  # heads with a bar of their own
-
-
-@attrs.frozen(kw_only=True)
-class Prediction:
-    """What the model expects after one position.
-
-    Attributes:
-        position: 0-based; the token after which the model predicts.
-        top: The likeliest next tokens with their probabilities, best first.
-    """
-
-    position: int
-    top: Sequence[tuple[str, float]]
 
 
 @attrs.frozen(kw_only=True)
@@ -86,9 +73,14 @@ class Attribution:
     tolerance: float
 
     @property
+    def sum(self) -> float:
+        """All parts together."""
+        return sum(self.values) + self.remainder
+
+    @property
     def error(self) -> float:
         """How far the sum of the parts is from the total."""
-        return abs(sum(self.values) + self.remainder - self.total)
+        return abs(self.sum - self.total)
 
     @property
     def is_exact(self) -> bool:
@@ -97,17 +89,10 @@ class Attribution:
 
 
 @attrs.frozen(kw_only=True)
-class DemoResult:
-    """Everything that the page shows.
+class DemoResult(Reading):
+    """Everything that the page of a model with attention shows.
 
     Attributes:
-        model: What was loaded, such as `toy:gpt2`.
-        description: One line on its size.
-        activations: One line on what was cached.
-        tokens: The text.
-        repeated: Positions whose token an earlier stretch of the text foretells.
-        losses: Nats per token; None for the first, which nothing predicts.
-        predictions: At chosen positions.
         scores: For every head.
         patterns: By layer, `[heads][query][key]`; of a large model, some layers.
         threshold: Induction score from which a head counts as an induction head.
@@ -115,17 +100,8 @@ class DemoResult:
         control_heads: `(layer, head)` of those ablated to compare.
         ablation: None where no token is repeated or no induction head was found.
         attribution: None where there was no place to attribute.
-        command: How to make this page again.
-        versions: One line: library, plugin, torch, transformers.
     """
 
-    model: str
-    description: str
-    activations: str
-    tokens: Sequence[str]
-    repeated: Sequence[int]
-    losses: Sequence[float | None]
-    predictions: Sequence[Prediction]
     scores: Sequence[HeadScores]
     patterns: Mapping[int, Any]
     threshold: float
@@ -133,29 +109,16 @@ class DemoResult:
     control_heads: Sequence[tuple[int, int]]
     ablation: Ablation | None
     attribution: Attribution | None
-    command: str
-    versions: str
 
 
 def demo_page(result: DemoResult) -> view.Page:
-    """Tell the demo's story on one page, top to bottom.
+    """Tell the story of attention heads on one page, top to bottom.
 
     Raises:
         ArgumentError: the parts of the result do not fit each other.
     """
-    sections = [
-        *_summary(result),
-        *_text(result),
-        *_predictions(result),
-        *_patterns(result),
-        *_ablation(result),
-        *_attribution(result),
-        view.heading("Make this page again"),
-        view.code(result.command),
-        f"Made with {result.versions}. The page is one file: it loads nothing and sends nothing.",
-    ]
-    subtitle = f"{result.description} · {len(result.tokens)} tokens · {result.activations} cached"
-    return view.page(f"Inside {result.model}", sections, subtitle=subtitle)
+    story = [*_patterns(result), *_ablation(result), *_attribution(result)]
+    return page(result, _summary(result), story, full=_deepest(result))
 
 
 def head_label(layer: int, head: int) -> str:
@@ -168,69 +131,16 @@ def _summary(result: DemoResult) -> list[view.Picture | str]:
     run = result.ablation
     if run is None:
         return []
-    heads = _listed([head_label(*head) for head in result.induction_heads])
+    heads = listed([head_label(*head) for head in result.induction_heads])
     is_one = len(result.induction_heads) == 1
     story = (
         f"{heads} {'copies' if is_one else 'copy'} what the text said before: without {'it' if is_one else 'them'}, "
         f"the loss on repeated tokens goes from {run.clean:.2f} to {run.induction:.2f} nats"
     )
     if run.control is not None:
-        control = _listed([head_label(*head) for head in result.control_heads])
+        control = listed([head_label(*head) for head in result.control_heads])
         story += f"; without {control}, chosen to compare, it is {run.control:.2f}"
     return [f"{story}."]
-
-
-def _text(result: DemoResult) -> list[view.Picture | str]:
-    story = (
-        "The model reads the text from left to right and, before each token, gives a probability to every token that "
-        "could come next. A token's loss is minus the logarithm of the probability it got: the deeper the colour, the "
-        "greater the surprise."
-    )
-    picture = view.tokens(result.tokens, result.losses, unit="nats of loss", full=_deepest(result))
-    if result.repeated:
-        again = _mean([result.losses[i] for i in result.repeated])
-        other = _mean([loss for i, loss in enumerate(result.losses) if i not in set(result.repeated)])
-        story += (
-            f" Here {len(result.repeated)} of {len(result.tokens)} tokens repeat an earlier stretch of the text. Their "
-            f"mean loss is {again:.2f} nats, that of the others {other:.2f}"
-            f"{': the model copies what it has seen.' if again < other / 2 else '.'}"
-        )
-    return [
-        view.heading("The text, coloured by the model's surprise"),
-        story,
-        picture,
-    ]
-
-
-def _predictions(result: DemoResult) -> list[view.Picture | str]:
-    if not result.predictions:
-        return []
-    most = max(len(prediction.top) for prediction in result.predictions)
-    rows: list[list[object]] = []
-    for prediction in result.predictions:
-        after = prediction.position + 1
-        actual = result.tokens[after] if after < len(result.tokens) else None
-        cells = [
-            f"{view.visible(token)}  {probability:.1%}{' ✓' if token == actual else ''}"
-            for token, probability in prediction.top
-        ]
-        context = "".join(view.visible(token) for token in result.tokens[max(0, after - 4) : after])
-        next_token = "(the text ends)" if actual is None else view.visible(actual)
-        rows.append(
-            [
-                prediction.position,
-                f"{'…' if after > 4 else ''}{context}",
-                next_token,
-                *cells,
-                *[None] * (most - len(cells)),
-            ]
-        )
-    columns = ["position", "the text so far", "what follows", *[f"guess {i + 1}" for i in range(most)]]
-    return [
-        view.heading("What the model expects next"),
-        "The likeliest next tokens, with their probabilities. ✓ marks the token that does follow.",
-        view.table(rows, columns),
-    ]
 
 
 def _patterns(result: DemoResult) -> list[view.Picture | str]:
@@ -247,10 +157,10 @@ def _patterns(result: DemoResult) -> list[view.Picture | str]:
         "the diagonal. "
     )
     outlined = [label for label in found if label in patterns]
-    story += f"Outlined: {_listed(outlined)}." if found else "No head of this model does so on this text."
+    story += f"Outlined: {listed(outlined)}." if found else "No head of this model does so on this text."
     layers = len({score.label.partition("H")[0] for score in result.scores})
     if len(result.patterns) < layers:
-        shown = _listed([f"L{layer}" for layer in sorted(result.patterns)])
+        shown = listed([f"L{layer}" for layer in sorted(result.patterns)])
         story += f" Shown: {shown} of {layers} layers, those with the most inductive heads."
     parts: list[view.Picture | str] = [
         view.heading("Where each head looks"),
@@ -282,8 +192,8 @@ def _ablation(result: DemoResult) -> list[view.Picture | str]:
     if result.ablation is None:
         return [title, "No induction heads were found, so there was nothing to ablate."]
     run = result.ablation
-    induction = _listed([head_label(*head) for head in result.induction_heads])
-    control = _listed([head_label(*head) for head in result.control_heads])
+    induction = listed([head_label(*head) for head in result.induction_heads])
+    control = listed([head_label(*head) for head in result.control_heads])
     rows: list[list[object]] = [
         ["nothing", run.clean, None],
         [f"induction: {induction}", run.induction, run.induction - run.clean],
@@ -323,37 +233,17 @@ def _attribution(result: DemoResult) -> list[view.Picture | str]:
         "all else": parts.remainder,
     }
     chosen = "where the ablation costs most" if result.ablation else "where the loss is lowest"
-    verdict = (
-        f"the two agree to {parts.error:.0e}."
-        if parts.is_exact
-        else f"the two differ by {parts.error:.1e}, more than rounding explains: this is a mistake in lens."
-    )
     return [
         view.heading("Which heads say the answer"),
         f"After position {parts.position}, {chosen}, the text goes on with “{answer}”; the comparison is with "
         f"“{rival}”, the strongest other guess. The logits are a sum over everything written to the residual stream, "
         "so their difference splits exactly into parts.",
         view.bars(list(shown), list(shown.values()), unit="logits", highlight=[name for name in found if name in kept]),
-        f"Heads {_signed(heads)}, embeddings, MLPs and biases {_signed(parts.remainder)}: together "
-        f"{_signed(heads + parts.remainder)} logits. The model's own logits differ by {_signed(parts.total)}; "
-        f"{verdict}",
+        f"Heads {signed(heads)}, embeddings, MLPs and biases {signed(parts.remainder)}: together "
+        f"{signed(heads + parts.remainder)} logits. The model's own logits differ by {signed(parts.total)}; "
+        f"{verdict(parts.error, is_exact=parts.is_exact)}",
     ]
 
 
 def _deepest(result: DemoResult) -> float | None:
-    """Return the largest loss on the page, in nats, so that its texts share one scale of colour."""
-    losses: list[float | None] = [*result.losses, *(result.ablation.losses if result.ablation else ())]
-    return max((loss for loss in losses if loss and math.isfinite(loss)), default=None)
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else 0.0
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+    return deepest(result.losses, result.ablation.losses if result.ablation else ())

@@ -14,7 +14,7 @@ import torch
 from lens_gpt2._architecture import GPT2
 
 from lens_core import edits
-from lens_core._commands import _demo_measure
+from lens_core._commands import _demo_measure, _demo_reading
 from lens_core._commands._demo_measure import choose_text, measure
 from lens_core._commands._demo_page import demo_page
 from lens_core.analysis import heads
@@ -220,7 +220,7 @@ def test_a_long_text_is_cut_with_a_notice(run, tiny):
 
 def test_a_text_longer_than_the_page_can_show_is_cut(run, tiny, monkeypatch):
     """Even where the model could take it."""
-    monkeypatch.setattr(_demo_measure, "LONGEST", 8)
+    monkeypatch.setattr(_demo_reading, "LONGEST", 8)
     done = run("demo", "--model", tiny, "--text", TEXT)
     assert "was cut to the first 8, what the demo can show." in done.out
 

@@ -6,15 +6,8 @@ import re
 import attrs
 import pytest
 
-from lens_core._commands._demo_page import (
-    Ablation,
-    Attribution,
-    DemoResult,
-    HeadScores,
-    Prediction,
-    demo_page,
-    head_label,
-)
+from lens_core._commands._demo_page import Ablation, Attribution, DemoResult, HeadScores, demo_page, head_label
+from lens_core._commands._demo_parts import Prediction
 from lens_core.errors import ArgumentError
 
 WORDS = [" river", " stone", " <lamp>", " green"]

@@ -4,7 +4,7 @@ Which equations decay, write and readout are is the architecture's `Scan`; when 
 here. HF's own call stands unless a function replaced a value; where gradients are wanted, its value keeps its bits.
 """
 
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Scan(Protocol):
         """Make HF's own call: its output `[batch, pos, ...]`, and the last state where HF hands it on."""
         ...
 
-    def select(self, call: MixerCall) -> Self:
+    def select(self, call: MixerCall) -> "Scan":
         """Show what the recurrence is made of (step sizes, ...), and take what the functions return."""
         ...
 

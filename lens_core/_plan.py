@@ -223,26 +223,32 @@ class Run:
         they when somebody calls a part of the model by itself.
         """
         module, is_inner = self.module(path), path not in ("", self.base)
-
-        def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-            if active_run(self.hf_model) is not self or (is_inner and self.call is None):
-                return None
-            call = ModuleCall(self, module, args, kwargs or {}, None)
-            for act in acts:
-                act(call)
-            return (call.args, call.kwargs) if call.input_changed else None
-
-        def post(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-            if active_run(self.hf_model) is not self or (is_inner and self.call is None):
-                return None
-            call = ModuleCall(self, module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
-            for act in acts:
-                act(call)
-            return call.output if call.output_changed else None
-
+        # Methods, not inner functions: a type checker that watches the tests compiles each inner function anew.
         if when == "pre":
+            pre = partial(self._before_module, acts, is_inner)
             return module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True)
+        post = partial(self._after_module, acts, is_inner)
         return module.register_forward_hook(post, prepend=True, with_kwargs=True)
+
+    def _before_module(
+        self, acts: Sequence[Callable[[ModuleCall], None]], is_inner: bool, module: nn.Module, args: Any, *rest: Any
+    ) -> Any:
+        if active_run(self.hf_model) is not self or (is_inner and self.call is None):
+            return None
+        call = ModuleCall(self, module, args, rest[0] if rest else {}, None)
+        for act in acts:
+            act(call)
+        return (call.args, call.kwargs) if call.input_changed else None
+
+    def _after_module(
+        self, acts: Sequence[Callable[[ModuleCall], None]], is_inner: bool, module: nn.Module, args: Any, *rest: Any
+    ) -> Any:
+        if active_run(self.hf_model) is not self or (is_inner and self.call is None):
+            return None
+        call = ModuleCall(self, module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
+        for act in acts:
+            act(call)
+        return call.output if call.output_changed else None
 
     # ------------------------------------------------------------------ one call
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
 
+from lens_core._arguments import checks_arguments
 from lens_core._hf_cache import (
     cached_length,
     copied,
@@ -102,6 +103,7 @@ class State:
         rows = f"{self.batch} row{'' if self.batch == 1 else 's'}"
         return f"State({rows} of {self.length} positions, {len(self.cache.layers)} layers, {size:.1f} MiB)"
 
+    @checks_arguments
     def fork(self, n: int = 1) -> "State":
         """Copy the state, every tensor included; nothing is shared with this one.
 

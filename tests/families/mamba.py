@@ -54,7 +54,9 @@ def channel_axis(name: str) -> int | None:
     return 2 if ".mixer." in name and not name.endswith(WHOLE) else None
 
 
-def subject(name: str, oracle: Any, kind: str, plugin: str, **config: Any) -> Subject:
+def subject(
+    name: str, oracle: Any, kind: str, plugin: str, *, paddings: tuple[str, ...] = ("left", "right"), **config: Any
+) -> Subject:
     """Make the record of a model type, or of a variant of it."""
     return Subject(
         name=name,
@@ -68,6 +70,8 @@ def subject(name: str, oracle: Any, kind: str, plugin: str, **config: Any) -> Su
         full=name == kind,
         per_position=is_state,
         head_axis=channel_axis,
+        chunks=kind == "mamba2",  # HF's Mamba starts its scan from zero in every call of several positions
+        paddings=paddings,
     )
 
 

@@ -6,6 +6,7 @@ To add a family, write `tests/families/<family>.py` with a list SUBJECTS of thes
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,11 +73,20 @@ class Subject:
     """Which axis is the keys (all real positions so far)."""
     gradient: Callable[[str], bool] = lambda name: name != "hook_tokens" and not name.endswith("indices")
     """Whether the value is floating, so that it has a gradient."""
+    chunks: bool = True
+    """Whether several positions may continue a cache; where HF computes that wrongly lens refuses it."""
+    paddings: tuple[str, ...] = ("left", "right")
+    """Sides that a batch may be padded on; where HF lets padding reach real positions lens refuses it."""
     dropout: Mapping[str, Any] = attrs.field(factory=dict)
     """Config overrides that switch on the dropouts of the type."""
 
     def __str__(self) -> str:
         return self.name
+
+    def calls(self, *bounds: int) -> list[tuple[int, int]]:
+        """Split positions into calls at the bounds: a prefill, then chunks, or steps of one where those are refused."""
+        cuts = bounds if self.chunks else (bounds[0], *range(bounds[1], bounds[-1] + 1))
+        return list(itertools.pairwise(cuts))
 
 
 @attrs.frozen(kw_only=True, eq=False)

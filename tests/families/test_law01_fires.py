@@ -104,7 +104,7 @@ def test_each_name_fires_once_alone(narrow):
 def test_each_name_fires_once_per_prefill_and_decode_step(subject, narrow):
     """Law 1: prefill, then steps of one and of two tokens: one call each, with this call's positions."""
     tokens, cache = random_tokens(2, 7), DynamicCache(config=narrow.hf.config)
-    for start, stop in ((0, 3), (3, 4), (4, 6), (6, 7)):
+    for start, stop in subject.calls(0, 3, 4, 6, 7):
         record = Record()
         with torch.no_grad(), narrow.model.hooks(fwd_hooks=[(name, record) for name in narrow.names()]):
             narrow.model(tokens[:, start:stop], past_key_values=cache, use_cache=True)

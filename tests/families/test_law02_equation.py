@@ -1,7 +1,5 @@
 """Law 2: the value at a name equals its defining equation."""
 
-import itertools
-
 import pytest
 import torch
 from families.compare import error, part, real_part, run, same
@@ -33,6 +31,8 @@ def test_every_value_is_right_to_float32_precision(narrow):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_values_under_padding_equal_golden(subject, wide, side):
     """Law 2: under a mask, every value at real positions and real keys."""
+    if side not in subject.paddings:
+        return
     tokens, mask = pad([random_tokens(1, n, seed=n)[0] for n in (3, 7)], side, amount=1)
     _, expected = wide.golden(tokens, attention_mask=mask)
     _, cache = run(wide, tokens, attention_mask=mask)
@@ -59,7 +59,7 @@ def test_what_a_function_sees_is_what_the_cache_holds(wide):
 
 def decoded(one, tokens, expected, bounds, past):
     """Compare the values of each call with the whole run's."""
-    for start, stop in itertools.pairwise(bounds):
+    for start, stop in one.subject.calls(*bounds):
         _, cache = run(one, tokens[:, start:stop], past_key_values=past, use_cache=True)
         off = {}
         for name in one.names():

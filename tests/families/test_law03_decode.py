@@ -31,7 +31,7 @@ def test_prefill_and_decode_with_an_edit_equal_the_whole(subject, wide):
     for name in followed(wide):
         entry = [(name, subject.edit_at(name, causal=True))]
         expected, _ = wide.golden(tokens, edits=dict(entry))
-        bounds = ((0, 3), (3, 4), (4, 6), (6, 7)) if subject.full else ((0, 3), (3, 4), (4, 7))
+        bounds = subject.calls(0, 3, 4, 6, 7) if subject.full else subject.calls(0, 3, 4, 7)
         ours = stepwise(wide, tokens, [(start, stop, entry) for start, stop in bounds])
         off |= {} if error(ours, expected) <= TOLERANCE else {name: error(ours, expected)}
     assert not off
@@ -103,7 +103,7 @@ def test_values_while_decoding_with_an_edit_equal_golden(subject, wide):
         edit = subject.edit_at(edited)
         _, expected = wide.golden(tokens, edits={edited: edit})
         past = DynamicCache(config=wide.hf.config)
-        for start, stop in ((0, 3), (3, 4), (4, 6)):
+        for start, stop in subject.calls(0, 3, 4, 6):
             _, cache = run(wide, tokens[:, start:stop], [(edited, edit)], past_key_values=past, use_cache=True)
             off = {}
             for name in wide.names():

@@ -42,7 +42,7 @@ def test_reading_any_subset_leaves_the_logits(subject, attn, dtype):
     subsets = st.one_of(st.just(names), st.sets(st.sampled_from(names), min_size=1, max_size=6).map(sorted))
 
     @quiet(16 if subject.full else 4)
-    @given(subsets, st.sampled_from(sorted(MODES)), st.sampled_from(["none", "left", "right"]), st.integers(0, 2))
+    @given(subsets, st.sampled_from(sorted(MODES)), st.sampled_from(["none", *subject.paddings]), st.integers(0, 2))
     def prove(chosen, mode, side, how):
         tokens, options, real = random_tokens(2, 6), {}, torch.ones(2, 6, dtype=torch.bool)
         if side != "none":

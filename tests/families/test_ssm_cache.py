@@ -272,6 +272,11 @@ def test_a_left_padded_prompt_may_be_decoded(wide, edited):
             same(f"{name}, row {row}", joined[row][real], values[name][0], 1e-10)
 
 
+def mild(x, hook=None):
+    """Change every element, without the growth that float16 cannot hold."""
+    return x * 0.7 + 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @ssm
 def test_half_precision_is_as_good_as_hf_in_prefill_and_decode(subject, attn, dtype):
@@ -290,8 +295,8 @@ def test_half_precision_is_as_good_as_hf_in_prefill_and_decode(subject, attn, dt
         assert error(joined, values[name]) <= 4 * floor, name
     for part in ("ssm_state", "conv_in", "decay", "delta"):
         name = f"blocks.1.mixer.hook_{part}"
-        expected, _ = one.golden(tokens, edits={name: bend})
-        edited, _ = calls(one, tokens, [0, 5, 6, 7, 8], [(name, bend)], names=["hook_embed"])
+        expected, _ = one.golden(tokens, edits={name: mild})
+        edited, _ = calls(one, tokens, [0, 5, 6, 7, 8], [(name, mild)], names=["hook_embed"])
         assert error(edited, expected) <= 4 * floor, f"{part}: {error(edited, expected):.2e}, HF {floor:.2e}"
 
 

@@ -54,12 +54,14 @@ BLOCK = (
     "hook_mixer_out",
     "hook_resid_post",
 )
+NORMED = ("mixer.dt_norm.hook_scale", "mixer.B_norm.hook_scale", "mixer.C_norm.hook_scale")
+"""Falcon-Mamba's more: the scales of its norms, `[batch, pos, 1]`."""
 STARRED = ("hook_mixer_in", "mixer.hook_decay", "mixer.hook_ssm_write", "mixer.hook_ssm_state")
 
 
 def names(config: Any) -> list[str]:
     """List every hook point that the contract gives a Mamba of this config, in no promised order."""
-    return names_of(config, BLOCK)
+    return names_of(config, BLOCK + NORMED if config.model_type == "falcon_mamba" else BLOCK)
 
 
 def is_starred(name: str) -> bool:
@@ -117,6 +119,10 @@ def _mixer(weights: Mapping[str, Tensor], config: Any, at: str, normed: Tensor, 
     return linear(weights, "out_proj", cut(at + "hook_gated", output * silu(gate)))
 
 
+def _own(at: str, name: str) -> str:
+    return at.removesuffix("mixer.") + name
+
+
 def _selection(
     weights: Mapping[str, Tensor], config: Any, at: str, x: Tensor, cut: Cuts
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +130,7 @@ def _selection(
     rank, states = config.time_step_rank, config.state_size
     low, B, C = cut(at + "hook_x_proj", linear(weights, "x_proj", x)).split([rank, states, states], dim=-1)
     if config.model_type == "falcon_mamba":
-        low, B, C = (part / root_mean_square(part, config.mixer_rms_eps) for part in (low, B, C))
+        parts = zip(NORMED, (low, B, C), strict=True)
+        low, B, C = (part / cut(_own(at, name), root_mean_square(part, config.mixer_rms_eps)) for name, part in parts)
     delta_pre = cut(at + "hook_delta_pre", linear(weights, "dt_proj", low))
     return cut(at + "hook_B", B), cut(at + "hook_C", C), cut(at + "hook_delta", softplus(delta_pre))

@@ -6,6 +6,7 @@ point that was asked for; seams turn groups of watches into steps; all steps at 
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs

@@ -69,7 +69,7 @@ def step_by_step(model, tokens, **options):
 
 @torch.no_grad()
 def test_an_edit_of_some_states_costs_one_scan_for_each_stretch_between_them(hf, kind):
-    """Only named positions are stopped at: two edits cut the sequence in three calls of HF's scan, and one more none."""
+    """Only named positions are stopped at: two edits cut the sequence in three calls of HF's scan, and one more none."""  # noqa: E501
     model, lengths = lens.load(hf), []
     real = FILES[kind].mamba_selective_scan
 
@@ -110,7 +110,7 @@ def test_kernels_that_are_modules_are_read_and_edited_as_functions_are(hf, kind)
 
 
 def test_a_fused_training_kernel_stands_unless_its_inside_is_asked_for(hf, kind):
-    """In training without a cache HF may call one kernel for all; reading the gate leaves it, the state takes it apart."""
+    """In training without a cache HF may call one kernel for all; reading the gate leaves it, the state takes it apart."""  # noqa: E501
     model, calls = lens.load(hf.train()), []
     path = FILES[kind]
 

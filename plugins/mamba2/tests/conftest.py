@@ -1,4 +1,4 @@
-"""Put the repository's `tests` on the import path: the golden forwards and tiny models there serve the plugins' tests."""
+"""Put the repository's `tests` on the import path: the golden forwards and tiny models there serve plugins."""
 
 import sys
 from pathlib import Path

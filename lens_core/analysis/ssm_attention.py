@@ -107,9 +107,12 @@ def effective_attention(
         ArgumentError: No such layer, position, head or reduction; a layer without an SSM mixer.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> _, cache = model.run_with_cache("the cat sat on the mat")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, cache = model.run_with_cache(tokens)
         >>> found = cache.effective_attention(0, target=-1)  # what the last token reads: [batch, channel, source]
         >>> found.values.shape == (1, model.cfg.d_inner, cache["delta", 0].shape[1])
         True

@@ -63,10 +63,13 @@ def stop_gradients(
         ArgumentError: No such part or layer.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
         >>> with model.hooks(fwd_hooks=stop_gradients(model)):
-        ...     _, cache = model.run_with_cache("the cat sat", return_type="loss", incl_bwd=True)
+        ...     _, cache = model.run_with_cache(tokens, return_type="loss", incl_bwd=True)
         >>> float(cache.grad["delta_pre", 0].abs().max())
         0.0
     """

@@ -69,11 +69,14 @@ def knockout(
         ArgumentError: No such kind or layer; `targets` with a kind that cannot tell targets apart.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> plain = model("the cat sat on the mat")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> plain = model(tokens)
         >>> cut = model.run_with_hooks(
-        ...     "the cat sat on the mat", fwd_hooks=knockout(model, "attention", sources=1, targets=-1)
+        ...     tokens, fwd_hooks=knockout(model, "attention", sources=1, targets=-1)
         ... )
         >>> bool((cut[0, -1] != plain[0, -1]).any()), bool((cut[0, :-1] == plain[0, :-1]).all())
         (True, True)

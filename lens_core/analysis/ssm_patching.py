@@ -48,11 +48,14 @@ def patch_state(
         CacheError: The source does not hold a layer's states.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> _, other = model.run_with_cache("the dog sat on the mat", names_filter="ssm_state")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, other = model.run_with_cache(tokens.flip(1), names_filter="ssm_state")
         >>> entries = patch_state(model, other, positions=2, layers=0)
-        >>> logits = model.run_with_hooks("the cat sat on the mat", fwd_hooks=entries)
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=entries)
     """
     chosen = read_layers(model.table, layers)
     if isinstance(source, Tensor) and len(chosen) > 1:
@@ -131,12 +134,15 @@ def sweep_states(
         CacheError: The source does not hold a layer's states.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> _, other = model.run_with_cache("the dog sat on the mat", names_filter="ssm_state")
-        >>> def dog(logits):
-        ...     return logits[:, -1, model.to_single_token("dog")]
-        >>> table = sweep_states(model, "the cat sat on the mat", other, dog, positions=[1, 2])
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, other = model.run_with_cache(tokens.flip(1), names_filter="ssm_state")
+        >>> def difference(logits):
+        ...     return logits[:, -1, 7] - logits[:, -1, 8]
+        >>> table = sweep_states(model, tokens, other, difference, positions=[1, 2])
         >>> table.effect.shape == (model.cfg.n_layers, 2, 1)
         True
     """

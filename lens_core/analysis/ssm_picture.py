@@ -42,12 +42,14 @@ def attention_picture(
         ArgumentError: Some targets or sources only; no such row; labels or tokens that do not fit.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> text = "the cat sat on the mat"
-        >>> _, cache = model.run_with_cache(text)
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, cache = model.run_with_cache(tokens)
         >>> found = cache.effective_attention(0, heads=[0, 1])
-        >>> picture = attention_picture(model.to_str_tokens(text), found)
+        >>> picture = attention_picture(["a", "b", "c", "d", "e", "f"], found)
         >>> "rows do not sum to 1" in picture.html
         True
     """

@@ -46,9 +46,12 @@ def retention(cache: "ActivationCache", layer: int, source: int, target: Any = N
         ArgumentError: No such layer, position or head.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> _, cache = model.run_with_cache("the cat sat on the mat")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, cache = model.run_with_cache(tokens)
         >>> kept = retention(cache, 0, source=1, target=-1)
         >>> kept.shape == (1, model.cfg.d_inner, model.cfg.d_state)
         True
@@ -83,10 +86,13 @@ def half_life(
         ArgumentError: No such layer or position; a mask of another shape, or that leaves no token.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba2")
-        >>> _, cache = model.run_with_cache("the cat sat on the mat")
-        >>> half_life(cache, 0).shape == (model.cfg.n_heads,)
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, cache = model.run_with_cache(tokens)
+        >>> half_life(cache, 0).shape == (model.cfg.d_inner, model.cfg.d_state)
         True
     """
     tokens = scan_half_life(read_scan(cache, layer), pos_slice=pos_slice, mask=mask)

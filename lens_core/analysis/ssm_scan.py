@@ -203,9 +203,12 @@ def read_scan(cache: "ActivationCache", layer: int) -> Scan:
         ArgumentError: No such layer, or one without an SSM mixer.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> _, cache = model.run_with_cache("the cat sat")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, cache = model.run_with_cache(tokens)
         >>> scan = read_scan(cache, 0)
         >>> scan.n_heads == model.cfg.d_inner  # a channel is a head of width 1
         True

@@ -100,9 +100,12 @@ def mixer_tokens(
         ArgumentError: No such layer or position; a direction of another shape.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> _, cache = model.run_with_cache("the cat sat on the mat")
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> _, cache = model.run_with_cache(tokens)
         >>> parts = mixer_tokens(cache, 0, target=-1)
         >>> whole = parts.values.sum(1) + parts.constant
         >>> bool(torch.allclose(whole, cache["mixer_out", 0][:, -1], atol=1e-4))
@@ -174,14 +177,16 @@ def token_attribution(
         TokenIdError: An id outside the vocabulary.
 
     Example:
-        >>> import lens_core as lens
-        >>> model = lens.load("toy:mamba")
-        >>> logits, cache = model.run_with_cache("the cat sat on the mat")
-        >>> cat = model.to_single_token("cat")
-        >>> found = token_attribution(cache, cat)
+        >>> import torch, lens_core as lens
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+        >>> model = lens.load(MambaForCausalLM(config))
+        >>> tokens = torch.tensor([[3, 14, 15, 9, 26, 5]])
+        >>> logits, cache = model.run_with_cache(tokens)
+        >>> found = token_attribution(cache, tokens=7)
         >>> found.values.shape == (model.cfg.n_layers, 1, logits.shape[1])
         True
-        >>> bool(torch.allclose(found.total, logits[:, -1, cat], atol=1e-3))
+        >>> bool(torch.allclose(found.total, logits[:, -1, 7], atol=1e-3))
         True
     """
     layers = mixer_layers(cache.table)

@@ -267,8 +267,7 @@ def _streamed(
         else:
             total = total.to(values) + _summed(values, wanted.reduce)
     whole = torch.cat(pieces, dim=1) if wanted.reduce is None else _reduced(total, wanted.reduce, scan.n_heads)
-    whole = take(whole, whole.ndim - 2, [rows.index(position) for position in targets])
-    whole = take(whole, whole.ndim - 1, [columns.index(position) for position in sources])
+    whole = _in_order(_in_order(whole, -2, rows, targets), -1, columns, sources)
     return _without_axes(whole, wanted, drops_heads=isinstance(heads, int) and wanted.reduce is None)
 
 
@@ -280,7 +279,14 @@ def _without_axes(values: Tensor, wanted: _Wanted, *, drops_heads: bool) -> Tens
 
 
 def _positions(scan: Scan, given: Any) -> list[int]:
-    return [int(position) for position in sliced(torch.arange(scan.n_pos), 0, given).reshape(-1)]
+    chosen: Any = sliced(torch.arange(scan.n_pos), 0, given)
+    return chosen.reshape(-1).tolist()
+
+
+def _in_order(values: Tensor, axis: int, there: Sequence[int], asked: Sequence[int]) -> Tensor:
+    """Bring positions that were computed once, in ascending order, to the order and number that was asked for."""
+    place = {position: index for index, position in enumerate(there)}
+    return take(values, axis % values.ndim, [place[position] for position in asked])
 
 
 def _with_skip(values: Tensor, D: Tensor, targets: Sequence[int], sources: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ HF's result stands.
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,21 +137,10 @@ class InsideMixer:
     def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[ModuleStep | SlotStep]:
         """Note the mixer while it runs, and handle the functions and submodules that it calls."""
         by_part = {watch.point.seam.part: watch for watch in watches}
-
-        def enter(call: ModuleCall) -> None:
-            call.run.now.scratch[RUNNING] = MixerCall(call, by_part)
-
-        def leave(call: ModuleCall) -> None:
-            call.run.now.scratch.pop(RUNNING, None)
-
-        yield ModuleStep(path=self.path, when="pre", act=enter)
+        yield ModuleStep(path=self.path, when="pre", act=partial(_enter, by_part))
         for (child, when), handle in self.kernel.modules.items():
-
-            def act(call: ModuleCall, handle: Callable[[MixerCall, ModuleCall], None] = handle) -> None:
-                handle(call.run.now.scratch[RUNNING], call)
-
-            yield ModuleStep(path=f"{self.path}.{child}", when=when, act=act)
-        yield ModuleStep(path=self.path, when="post", act=leave)
+            yield ModuleStep(path=f"{self.path}.{child}", when=when, act=partial(_at_child, handle))
+        yield ModuleStep(path=self.path, when="post", act=_leave)
         yield from self._slots(run)
 
     def _slots(self, run: "Run") -> Iterator[SlotStep]:
@@ -163,14 +153,25 @@ class InsideMixer:
                     "the inside of this mixer cannot be reached"
                 )
             slot = function_slot(namespace, name)
-            yield SlotStep(path=self.path, slot=slot, key=slot.key, handler=_handler(run, handle))
+            yield SlotStep(path=self.path, slot=slot, key=slot.key, handler=partial(_serve, run, handle))
 
 
-def _handler(run: "Run", handle: Callable[..., Any]) -> Callable[..., Any]:
-    """Serve the calls of one function by whichever watched mixer is running; the others get the original."""
+# Functions of the module, not inner ones: a type checker that watches the tests compiles each inner one anew.
 
-    def serve(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        running = None if run.call is None else run.call.scratch.get(RUNNING)
-        return original(*args, **kwargs) if running is None else handle(running, original, *args, **kwargs)
 
-    return serve
+def _enter(by_part: dict[str, Watch], call: ModuleCall) -> None:
+    call.run.now.scratch[RUNNING] = MixerCall(call, by_part)
+
+
+def _at_child(handle: Callable[[MixerCall, ModuleCall], None], call: ModuleCall) -> None:
+    handle(call.run.now.scratch[RUNNING], call)
+
+
+def _leave(call: ModuleCall) -> None:
+    call.run.now.scratch.pop(RUNNING, None)
+
+
+def _serve(run: "Run", handle: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Serve a call of one function by whichever watched mixer is running; the others get the original."""
+    running = None if run.call is None else run.call.scratch.get(RUNNING)
+    return original(*args, **kwargs) if running is None else handle(running, original, *args, **kwargs)

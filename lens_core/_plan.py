@@ -6,7 +6,6 @@ point that was asked for; seams turn groups of watches into steps; all steps at 
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -224,32 +223,10 @@ class Run:
         they when somebody calls a part of the model by itself.
         """
         module, is_inner = self.module(path), path not in ("", self.base)
-        # Methods, not inner functions: a type checker that watches the tests compiles each inner function anew.
+        tap = _Tap(run=self, acts=acts, is_inner=is_inner)
         if when == "pre":
-            pre = partial(self._before_module, acts, is_inner)
-            return module.register_forward_pre_hook(pre, prepend=True, with_kwargs=True)
-        post = partial(self._after_module, acts, is_inner)
-        return module.register_forward_hook(post, prepend=True, with_kwargs=True)
-
-    def _before_module(
-        self, acts: Sequence[Callable[[ModuleCall], None]], is_inner: bool, module: nn.Module, args: Any, *rest: Any
-    ) -> Any:
-        if active_run(self.hf_model) is not self or (is_inner and self.call is None):
-            return None
-        call = ModuleCall(self, module, args, rest[0] if rest else {}, None)
-        for act in acts:
-            act(call)
-        return (call.args, call.kwargs) if call.input_changed else None
-
-    def _after_module(
-        self, acts: Sequence[Callable[[ModuleCall], None]], is_inner: bool, module: nn.Module, args: Any, *rest: Any
-    ) -> Any:
-        if active_run(self.hf_model) is not self or (is_inner and self.call is None):
-            return None
-        call = ModuleCall(self, module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
-        for act in acts:
-            act(call)
-        return call.output if call.output_changed else None
+            return module.register_forward_pre_hook(tap.before, prepend=True, with_kwargs=True)
+        return module.register_forward_hook(tap.after, prepend=True, with_kwargs=True)
 
     # ------------------------------------------------------------------ one call
 
@@ -298,6 +275,39 @@ class Run:
                 f"hooks at {self.watches[0].name!r} were set up and the model was not called in this context; a thread "
                 "started inside has a context of its own: run it by contextvars.copy_context().run"
             )
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Tap:
+    """The torch hook that does all steps at one side of a module.
+
+    Its methods are no inner functions: a type checker that watches the tests would compile those anew for every run.
+    """
+
+    run: Run
+    acts: Sequence[Callable[[ModuleCall], None]]
+    is_inner: bool
+
+    @property
+    def is_live(self) -> bool:
+        run = self.run
+        return active_run(run.hf_model) is run and (run.call is not None or not self.is_inner)
+
+    def before(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        if not self.is_live:
+            return None
+        call = ModuleCall(self.run, module, args, rest[0] if rest else {}, None)
+        for act in self.acts:
+            act(call)
+        return (call.args, call.kwargs) if call.input_changed else None
+
+    def after(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        if not self.is_live:
+            return None
+        call = ModuleCall(self.run, module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
+        for act in self.acts:
+            act(call)
+        return call.output if call.output_changed else None
 
 
 def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[tuple[str, str], list[Callable[[ModuleCall], None]]]:

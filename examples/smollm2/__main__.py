@@ -38,8 +38,8 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all, in this order")
-    parser.add_argument("--sentences", type=int, default=12, help="random sentences for each template")
-    parser.add_argument("--pairs", type=int, default=2, help="pairs of names in the patched sentence")
+    parser.add_argument("--sentences", type=int, default=24, help="random sentences for each template")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of names in the patched sentence")
     args = parser.parse_args()
     parts = args.parts or PARTS
     if unknown := set(parts) - set(PARTS):

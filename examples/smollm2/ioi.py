@@ -167,8 +167,9 @@ def attribution(model: Any, batch: Batch) -> dict[str, Any]:
     Raw weights, nothing folded: the parts are divided by the final norm's scale in this run and multiplied by its gain.
 
     Returns:
-        `heads` [layer, head], `mlps` [layer] and `embedding`, means over the batch; `error`, the largest difference of
-        a row between the sum of all parts and the true logit difference.
+        `heads` [layer, head], `mlps` [layer] and `rest` by label, means over the batch; `heads_io` and `heads_subject`,
+        what heads write for either name alone, over what they write for the average of `NAMES`; `truth` [batch];
+        `error`, the largest difference of a row between the sum of all parts and the true logit difference.
     """
     logits, cache = model.run_with_cache(
         batch.tokens, names_filter=["hook_embed", "z", "attn_out", "mlp_out", "resid_post", "ln_final.hook_scale"]
@@ -178,10 +179,17 @@ def attribution(model: Any, batch: Batch) -> dict[str, Any]:
     truth = differences(logits, batch)
     mean = dict(zip(labels, by_part.mean(1), strict=True))
     layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
+    stack = cache.stack_head_results(pos_slice=-1)
+    average = torch.stack([cache.logit_attrs(stack, f" {name}", pos_slice=-1) for name in NAMES]).mean(0)
+    alone = {
+        f"heads_{kind}": (cache.logit_attrs(stack, ids, pos_slice=-1) - average).mean(1).unflatten(0, (len(layers), -1))
+        for kind, ids in (("io", batch.io), ("subject", batch.subject))
+    }
     return {
         "heads": torch.stack([torch.stack([mean.pop(f"L{layer}H{head}") for head in heads]) for layer in layers]),
         "mlps": torch.stack([mean.pop(f"{layer}_mlp_out") for layer in layers]),
         "rest": mean,
+        **alone,
         "truth": truth,
         "error": float((by_part.sum(0) + bias - truth).abs().max()),
     }
@@ -274,7 +282,13 @@ def strongest(values: Tensor, count: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def heads_replaced(model: Any, batch: Batch, corrupted: Tensor, heads: Sequence[tuple[int, int]]) -> list[Any]:
-    """Make hooks that put the corrupted run's z of these heads (layer, head) in place, at the last token."""
+def heads_replaced(
+    model: Any, batch: Batch, corrupted: Tensor, heads: Sequence[tuple[int, int]], place: str | None = None
+) -> list[Any]:
+    """Make hooks that put the corrupted run's z of these heads (layer, head) in place, everywhere or at one place."""
     _, other = model.run_with_cache(corrupted, names_filter="z")
-    return [(("z", layer), lens.edits.replace(other["z", layer], heads=head, pos=-1)) for layer, head in heads]
+    at = None if place is None else batch.places()[place]
+    if at is not None and bool((at != at[0]).any()):
+        raise lens.InputError(f"the sentences have {place} at different positions")
+    pos = None if at is None else int(at[0])
+    return [(("z", layer), lens.edits.replace(other["z", layer], heads=head, pos=pos)) for layer, head in heads]

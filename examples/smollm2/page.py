@@ -111,13 +111,30 @@ def _circuit(results: dict[str, Any]) -> str:
     for kind in ("writers", "senders"):
         for layer, head in circuit["groups"][kind]:
             looks = [f"{value:.2f}" for value in attention["last token"][layer][head]]
-            direct = f"{study['heads'][layer][head]:+.2f}"
-            rows.append((kind, f"L{layer}H{head}", direct, f"{share[layer][head]:+.2f}", *looks))
-    heads = _table(("group", "head", "writes (logits)", "share when patched", *(f"to {p}" for p in places)), rows)
-    effects = [(name, f"{value:.2f}") for name, value in circuit["effects"].items()]
+            writes = [f"{study[name][layer][head]:+.2f}" for name in ("heads", "heads_io", "heads_subject")]
+            shares = [share[layer][head], *(values[len(rows)] for values in circuit["share by place"].values())]
+            rows.append((kind, f"L{layer}H{head}", *writes, *(f"{value:+.2f}" for value in shares), *looks))
+    written = ("IO − S", "IO − other names", "S − other names")
+    heads = _table(
+        ("group", "head", *written, "share", "at S2", "at the last token", *(f"to {p}" for p in places)), rows
+    )
+    effects = circuit["effects"]
+    titles = {"swapped": "other name repeated", "unrelated": "three unrelated names"}
+    outcome = [
+        (f"the {name}", title, f"{effects[f'{name}, {kind}']:.2f}")
+        for name in ("writers", "senders")
+        for kind, title in titles.items()
+    ]
+    outcome.append(
+        ("the senders, the writers' own kept", titles["swapped"], f"{effects['senders, swapped, writers kept']:.2f}")
+    )
+    for kind, title in titles.items():
+        drawn = effects[f"others, {kind}"]
+        middle = f"{sum(drawn) / len(drawn):.2f} ({min(drawn):.2f} to {max(drawn):.2f})"
+        outcome.append((f"as many others of those layers, drawn {len(drawn)} times", title, middle))
     replaced = _table(
-        ("z at the last token replaced, by that of which run", f"logit difference ({circuit['clean']:.2f} before)"),
-        effects,
+        ("z replaced", "from a run with", f"logit difference ({circuit['clean']:.2f} before)"),
+        outcome,
     )
     moved = [
         (f"L{layer}H{head}", *(f"{a:.2f} → {b:.2f}" for a, b in zip(before, after, strict=True)))

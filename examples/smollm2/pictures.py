@@ -74,7 +74,7 @@ def _attribution(results: dict[str, Any]) -> Any:
     right.axvline(0, color=INK, linewidth=0.8)
     right.set(ylim=(len(mlps) - 0.5, -0.5), xlabel="logits for IO − S", title="by layer")
     right.set_yticks(range(0, len(mlps), 5))
-    right.legend(frameon=False, loc="lower left")
+    right.legend(frameon=False, loc="upper right")
     figure.suptitle(
         f"What each part writes at the last token: together {results['total']:.2f} logits for the indirect object"
     )

@@ -1,5 +1,6 @@
 """Run the study of indirect objects and give its results as plain numbers, from which page and pictures are made."""
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,8 +60,7 @@ def _attributed(model: Any, batches: Sequence[ioi.Batch]) -> dict[str, Any]:
     found = [ioi.attribution(model, batch) for batch in batches]
     rest = {name: float(torch.stack([one["rest"][name] for one in found]).mean()) for name in found[0]["rest"]}
     return {
-        "heads": _mean(found, "heads").tolist(),
-        "mlps": _mean(found, "mlps").tolist(),
+        **{name: _mean(found, name).tolist() for name in ("heads", "heads_io", "heads_subject", "mlps")},
         "rest": rest,
         "total": float(torch.cat([one["truth"] for one in found]).mean()),
         "error": max(one["error"] for one in found),
@@ -110,39 +110,59 @@ def _plain(patching: ioi.Patching) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _circuit(model: Any, batch: ioi.Batch, results: dict[str, Any], count: int = 4) -> dict[str, Any]:
-    """Test two groups of heads: writers (most direct attribution) and senders (most patching share of all others)."""
+def _circuit(model: Any, batch: ioi.Batch, results: dict[str, Any], count: int = 4, draws: int = 10) -> dict[str, Any]:
+    """Test two groups of heads, and others drawn at random.
+
+    The writers are those with most direct attribution. The senders are, of the layers before all writers, those whose
+    patching takes the difference furthest to the corrupted run's.
+    """
     direct, share = torch.tensor(results["heads"]), torch.tensor(results["patching"]["heads_swapped"]["share"])
     writers = ioi.strongest(direct, count)
-    others = share.clone()
-    for layer, head in writers:
-        others[layer, head] = -torch.inf
-    others[min(layer for layer, _ in writers) + 1 :] = -torch.inf  # a sender writes before some writer reads
-    senders = ioi.strongest(others, count)
-    random_heads = _control(direct.shape, [*writers, *senders], count)
-    groups = {"writers": writers, "senders": senders, "as many other heads": random_heads}
-    clean = float(ioi.differences(model(batch.tokens), batch).mean())
-    effects = {}
-    for name, heads in groups.items():
-        for kind in ("swapped", "unrelated"):
-            hooks = ioi.heads_replaced(model, batch, getattr(batch, kind), heads)
-            effects[f"{name}, {kind}"] = float(
-                ioi.differences(model.run_with_hooks(batch.tokens, fwd_hooks=hooks), batch).mean()
-            )
-    hooks = ioi.heads_replaced(model, batch, batch.swapped, senders)
-    attention = {
-        when: [looks[head].tolist() for head in writers]
-        for when, (looks,) in {
-            "before": ioi.attention(model, batch, ["last token"]),
-            "after": ioi.attention(model, batch, ["last token"], hooks),
-        }.items()
+    before = share.clone()
+    before[max(1, min(layer for layer, _ in writers)) :] = -torch.inf
+    senders = [head for head in ioi.strongest(before, 2 * count) if head not in writers][:count]
+
+    def after(*hooks: Any) -> float:
+        return float(ioi.differences(model.run_with_hooks(batch.tokens, fwd_hooks=hooks), batch).mean())
+
+    effects: dict[str, Any] = {}
+    for kind in ("swapped", "unrelated"):
+        run = getattr(batch, kind)
+        for name, heads in {"writers": writers, "senders": senders}.items():
+            effects[f"{name}, {kind}"] = after(*ioi.heads_replaced(model, batch, run, heads))
+        drawn = [
+            after(*ioi.heads_replaced(model, batch, run, heads))
+            for heads in _others(share.shape, writers, senders, draws)
+        ]
+        effects[f"others, {kind}"] = drawn
+    replaced = ioi.heads_replaced(model, batch, batch.swapped, senders)
+    kept = ioi.heads_replaced(model, batch, batch.tokens, writers)
+    effects["senders, swapped, writers kept"] = after(*replaced, *kept)
+    clean, end = after(), results["patching"]["heads_swapped"]["corrupted"]
+    alone = {
+        place: [
+            (after(*ioi.heads_replaced(model, batch, batch.swapped, [head], place)) - clean) / (end - clean)
+            for head in (*writers, *senders)
+        ]
+        for place in ("S2", "last token")
     }
-    return {"groups": groups, "clean": clean, "effects": effects, "writers' attention": attention}
+    looks = {
+        "before": ioi.attention(model, batch, ["last token"])[0],
+        "after": ioi.attention(model, batch, ["last token"], replaced)[0],
+    }
+    return {
+        "groups": {"writers": writers, "senders": senders},
+        "clean": clean,
+        "effects": effects,
+        "share by place": alone,
+        "writers' attention": {when: [found[head].tolist() for head in writers] for when, found in looks.items()},
+    }
 
 
-def _control(shape: Sequence[int], taken: Sequence[Head], count: int) -> list[Head]:
-    """Draw heads that are in no group, of the same span of layers."""
+def _others(shape: Sequence[int], writers: Sequence[Head], senders: Sequence[Head], draws: int) -> list[list[Head]]:
+    """Draw as many heads of neither group from the same span of layers, several times."""
+    taken = [*writers, *senders]
     first, last = min(layer for layer, _ in taken), max(layer for layer, _ in taken)
     free = [(layer, head) for layer in range(first, last + 1) for head in range(shape[1]) if (layer, head) not in taken]
-    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(0))
-    return [free[int(index)] for index in order[:count]]
+    rng = random.Random(0)
+    return [rng.sample(free, min(len(writers), len(free))) for _ in range(draws)]

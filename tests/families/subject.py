@@ -97,6 +97,7 @@ class Pair:
     model: Any
     hf: Any
     reference: Any
+    known: dict[str, Tensor] = attrs.field(factory=dict, repr=False)
 
     @property
     def config(self) -> Any:
@@ -107,6 +108,13 @@ class Pair:
         """Run golden on the twin's weights, without a graph."""
         with torch.no_grad():
             return self.subject.golden(self.reference.state_dict(), self.config, tokens, **options)
+
+    def plain_logits(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Give golden's logits without an edit, computed once for the same input."""
+        key = repr((tokens.tolist(), {name: value.tolist() for name, value in options.items()}))
+        if key not in self.known:
+            self.known[key] = self.golden(tokens, record=False, **options)[0]
+        return self.known[key]
 
     def names(self) -> list[str]:
         """List every name of the contract for this model."""

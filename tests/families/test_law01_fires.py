@@ -90,6 +90,7 @@ def test_each_name_fires_once_in_a_whole_run(narrow):
         assert record.counts() == expected_counts(narrow, 1, 5)
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_each_name_fires_once_alone(narrow):
     """Law 1: a name asked for alone fires once, as itself."""

@@ -49,6 +49,7 @@ def test_an_edit_in_prefill_reaches_bare_decode(subject, wide):
     assert not off
 
 
+@pytest.mark.once
 @pytest.mark.in_full
 def test_an_edit_in_one_decode_step_holds_for_later_steps(subject, wide):
     """Law 3: an edit in the middle of decoding, by call and by position, then bare steps."""
@@ -64,6 +65,7 @@ def test_an_edit_in_one_decode_step_holds_for_later_steps(subject, wide):
         assert error(ours, expected) <= TOLERANCE, f"{name} by position"
 
 
+@pytest.mark.once
 @pytest.mark.in_full
 @pytest.mark.parametrize("how", ["lens", "hf"])
 def test_generation_with_an_edit_equals_golden_greedy(subject, wide, how):

@@ -22,6 +22,7 @@ def test_an_edit_has_golden_effect_everywhere(subject, wide):
         check(wide, tokens, [(name, edit)], {name: edit})
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_an_edit_in_the_first_and_the_last_block_has_golden_effect(subject, wide):
     """Law 3: the same at the ends of the stack: all names in full, else every fifth."""
@@ -44,6 +45,7 @@ def test_an_edit_alone_has_golden_effect(subject, wide):
             assert error(ours, expected) <= TOLERANCE, f"{name} under {mode.__name__}: {error(ours, expected):.1e}"
 
 
+@pytest.mark.once
 @pytest.mark.in_full
 def test_an_edit_in_place_has_golden_effect_with_a_graph(subject, wide):
     """Law 3: writing into the argument in grad mode, and calling the HF model itself inside the context."""
@@ -70,6 +72,7 @@ def test_an_edit_is_right_to_float32_precision(subject, narrow):
     assert not off
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_an_edit_of_one_head_reaches_that_head(subject, wide):
     """Law 3: an edit of one head's (or channel's) part equals golden's: each head in full, else the second."""
@@ -85,6 +88,7 @@ def test_an_edit_of_one_head_reaches_that_head(subject, wide):
             check(wide, tokens, [(name, edit)], {name: edit})
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_an_entry_may_name_positions(subject, wide):
     """Law 3: an entry with positions is shown those only, and edits those only."""
@@ -110,6 +114,7 @@ def test_an_entry_may_name_positions(subject, wide):
         assert shown == [(2, [1, 4])], name
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_edits_under_padding_equal_golden(subject, wide, side):
@@ -138,6 +143,7 @@ def test_several_edits_compose(subject, wide):
     check(wide, tokens, list(edits.items()), edits)
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_writing_into_the_argument_reaches_nothing_upstream(subject, wide):
     """Law 3: an in-place edit does not reach values upstream or beside that share storage in HF."""

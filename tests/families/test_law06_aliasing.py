@@ -57,6 +57,7 @@ def test_no_name_holds_a_parameter(narrow):
         assert cache[name].untyped_storage().data_ptr() not in owned, name
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_one_name_keeps_alive_no_more_than_itself(subject, narrow):
     """Law 6: cached alone, a value's storage is no larger than the value."""

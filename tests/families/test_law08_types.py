@@ -51,6 +51,7 @@ WRONG = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_a_wrong_return_is_an_error(subject, narrow):
     """Law 8: each wrong thing, at every name, is an error that names the hook point; the model stays usable."""

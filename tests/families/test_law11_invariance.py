@@ -24,6 +24,7 @@ def assert_same(one, ours, theirs, what):
     assert not {name: value for name, value in off.items() if not value <= TOLERANCE}, what
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_batch_mates_do_not_matter(subject, wide, side):
@@ -42,6 +43,7 @@ def test_padding_and_batch_mates_do_not_matter(subject, wide, side):
             assert_same(wide, ours, values, f"row {row}, edit {[name for name, _ in entries]}")
 
 
+@pytest.mark.once
 @pytest.mark.sampled
 def test_the_split_does_not_matter(subject, wide):
     """Law 11: any split into prefill, chunks and single steps has the whole run's values, with padding too."""

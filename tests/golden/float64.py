@@ -24,8 +24,13 @@ class _Wide(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             return args[0].double()
-        wide = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        return func(*wide, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+        for arg in args:
+            if arg is torch.float32:
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+                break
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-# 4 query heads, 2 key and value heads, 3 layers, 29 tokens, 37 neurons, window 3.
+# 4 query heads, 2 key and value heads, 3 layers, 29 tokens, 37 neurons, window 3. Experts have 24 or 40 neurons: what
+# HF's grouped matrix product takes are rows of a multiple of 16 bytes.
 SIZES: dict[str, Any] = {
     "vocab_size": 29,
     "hidden_size": 32,
@@ -91,13 +92,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     "starcoder2": ("starcoder2", {"sliding_window": 3}),
-    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 3, **WIDE_HEADS}),
+    "mixtral": (
+        "mixtral",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 40,
+            "sliding_window": 3,
+            **WIDE_HEADS,
+        },
+    ),
     "qwen3_moe": (
         "qwen3_moe",
         {
             "num_experts": 5,
             "num_experts_per_tok": 3,
-            "moe_intermediate_size": 11,
+            "moe_intermediate_size": 24,
             "mlp_only_layers": [0],
             "norm_topk_prob": False,
             **WIDE_HEADS,
@@ -108,7 +118,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_experts": 5,
             "num_experts_per_tok": 3,
-            "moe_intermediate_size": 11,
+            "moe_intermediate_size": 24,
             "decoder_sparse_step": 2,
             "norm_topk_prob": True,
             **WIDE_HEADS,

@@ -93,7 +93,8 @@ class Unembedding:
             value = watch.fire(value)
         if value is full and not (full is not own and any(watch.rerouted for watch in watches)):
             return
-        if key in (1, "logits") and call.output[0].ndim == 0:
+        has_loss = key == 1 or (key == "logits" and call.output[0].ndim == 0)
+        if has_loss and any(watch.edited or watch.rerouted for watch in watches):
             raise UnsupportedHookError(
                 "HF has computed its loss before hook_logits, where logits are scaled or capped: an edit or a gradient "
                 "there would miss it; call the model without labels, and take the loss from lens: return_type='loss'"

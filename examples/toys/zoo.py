@@ -134,7 +134,8 @@ TOYS = {
         build=_llama,
         mixers=lambda model: [layer.self_attn.o_proj for layer in model.model.layers],
         heads=HEADS,
-        steps=1000,
+        is_staged=True,
+        steps=2000,
     ),
     "mamba": Toy(
         about=f"A Mamba of two layers, {2 * WIDTH} channels of {STATES} states each, and width {WIDTH}",

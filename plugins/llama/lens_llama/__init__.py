@@ -84,6 +84,7 @@ def lens_architectures() -> list[Architecture]:
             | ({Capability.WEIGHT_VIEWS: _EXPERT_WEIGHTS} if model_type in ("mixtral", "qwen3_moe") else {}),
             config_handled=(*_HANDLED, *handled),
             config_ignored=(*_IGNORED, *ignored),
+            toy="toy" if model_type == "llama" else None,
         )
         for model_type, (name, handled, ignored) in _TYPES.items()
     ]

@@ -71,6 +71,7 @@ def lens_architectures() -> list[Architecture]:
             capabilities=_CAPABILITIES,
             config_handled=(*_CONFIG_HANDLED, *more),
             config_ignored=_CONFIG_IGNORED,
+            toy="toy" if model_type == "mamba" else None,
         )
         for name, model_type, more in (
             ("Mamba", "mamba", ()),

@@ -77,5 +77,6 @@ def lens_architectures() -> list[Architecture]:
             capabilities=_CAPABILITIES,
             config_handled=_CONFIG_HANDLED,
             config_ignored=_CONFIG_IGNORED,
+            toy="toy",
         )
     ]

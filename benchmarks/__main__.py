@@ -12,7 +12,7 @@ import attrs
 from benchmarks.settings import FULL, QUICK
 
 # In the order of the table; each module has `rows(settings)`.
-GROUPS = ("importing", "forward", "loading", "holding", "overhead")
+GROUPS = ("importing", "forward", "loading", "holding", "overhead", "families", "states")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts["took"] = f"{time.perf_counter() - start:.0f} s"
     show(rows, facts, is_quick=settings.is_quick)
     large = settings.large
+    family = settings.family
     size = f"{large.n_layers} layers, width {large.d_model}, {large.n_heads} heads, {large.d_vocab} tokens"
-    _write(options.write, as_markdown(rows, facts, size=size, is_quick=settings.is_quick))
+    other = f"{family.n_layers} layers, width {family.d_model}, {family.d_vocab} tokens"
+    _write(options.write, as_markdown(rows, facts, size=size, family=other, is_quick=settings.is_quick))
     _write(options.json, as_json(rows, facts, is_quick=settings.is_quick))
 
 

@@ -14,7 +14,7 @@ from benchmarks.models import random_model, random_tokens
 from benchmarks.rows import Row
 from benchmarks.settings import Settings
 
-__all__ = ["rows"]
+__all__ = ["account", "rows"]
 
 BATCH = 8  # rows, so that activations are larger than what a call allocates besides
 
@@ -26,9 +26,9 @@ def rows(settings: Settings) -> Iterator[Row]:
     own = [*hf_model.parameters(), *hf_model.buffers(), tokens]
     names = ("blocks.0.hook_resid_post", "blocks.0.attn.hook_q")  # q is a third of what HF's module returns
     with torch.no_grad(), _no_collection():
-        plain_peak, plain_kept, _ = _account(lambda: hf_model(tokens, use_cache=False), own)
+        plain_peak, plain_kept, _ = account(lambda: hf_model(tokens, use_cache=False), own)
         for name in names:
-            peak, kept, dropped = _account(lambda n=name: model.run_with_cache(tokens, names_filter=n), own)
+            peak, kept, dropped = account(lambda n=name: model.run_with_cache(tokens, names_filter=n), own)
             size = _bytes_of(model.run_with_cache(tokens, names_filter=name)[1][name])
             for what, extra, goal in (
                 ("added to the peak", peak - plain_peak, 1.0),
@@ -41,7 +41,7 @@ def rows(settings: Settings) -> Iterator[Row]:
                 )
 
 
-def _account(call: Callable[[], Any], existing: list[Tensor]) -> tuple[int, int, int]:
+def account(call: Callable[[], Any], existing: list[Tensor]) -> tuple[int, int, int]:
     """Give the bytes of tensors at the peak of a call, after it with its results held, and with them dropped."""
     call()  # what a first call sets up does not count
     with _Live(existing) as live:

@@ -24,7 +24,8 @@ the same. A goal is the most that the median may be. "Processor time" is the med
 threads instead of the wall clock: other programs on the machine move it less, and waiting does not count.
 
 The large model has GPT-2-small's dimensions ({size}) and random weights
-in float32; the tiny one has two layers of width 64. Nothing computes gradients, and forwards fill no KV cache. Rows in
+in float32; the tiny one has two layers of width 64, and the models of other families have {family}.
+Nothing computes gradients, and forwards fill no KV cache. Rows in
 `× that tensor` count the bytes of live tensors, which is the same on every machine; a tensor that is alive anyway when
 HF's own peak comes adds nothing to it.
 
@@ -71,7 +72,7 @@ def show(rows: Sequence[Row], facts: Mapping[str, str], *, is_quick: bool) -> No
     console.print(table)
 
 
-def as_markdown(rows: Sequence[Row], facts: Mapping[str, str], *, size: str, is_quick: bool) -> str:
+def as_markdown(rows: Sequence[Row], facts: Mapping[str, str], *, size: str, family: str, is_quick: bool) -> str:
     """Write the page."""
     lines = ["| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS)]
     group = None
@@ -85,6 +86,7 @@ def as_markdown(rows: Sequence[Row], facts: Mapping[str, str], *, size: str, is_
     summary = "Every goal is met." if not gaps else "Goals that were not met in this run:\n\n" + "\n".join(named)
     return PAGE.format(
         size=size,
+        family=family,
         machine="\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
         table="\n".join(lines),
         gaps=SMOKE if is_quick else summary,

@@ -7,7 +7,7 @@ __all__ = ["FULL", "QUICK", "Settings", "Size"]
 
 @attrs.frozen(kw_only=True)
 class Size:
-    """The dimensions of one random GPT-2, and of the tokens it is run on."""
+    """The dimensions of one random model, and of the tokens it is run on."""
 
     n_layers: int
     d_model: int
@@ -34,6 +34,8 @@ class Settings:
     """Factor on every row's seconds."""
     at_least: int
     """Pairs that a row takes even when its time is over."""
+    family: Size
+    """The dimensions that families other than GPT-2 are measured at."""
     tiny: Size = TINY
     """The model that microseconds are measured on."""
 
@@ -42,8 +44,9 @@ FULL = Settings(
     is_quick=False,
     threads=2,
     large=Size(n_layers=12, d_model=768, n_heads=12, d_vocab=50257, n_ctx=1024, n_tokens=64),
+    family=Size(n_layers=6, d_model=384, n_heads=6, d_vocab=8192, n_ctx=1024, n_tokens=128),
     new_tokens=20,
     share=1.0,
     at_least=5,
 )
-QUICK = Settings(is_quick=True, threads=1, large=TINY, new_tokens=3, share=0.0, at_least=1)
+QUICK = Settings(is_quick=True, threads=1, large=TINY, family=TINY, new_tokens=3, share=0.0, at_least=1)

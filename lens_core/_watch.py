@@ -30,9 +30,10 @@ class Hook:
         ctx: A dictionary of this hook point that is kept until `reset_hooks(clear_contexts=True)`.
         step: 0 for the prompt, then one more for every call that continues it.
         is_prefill: Whether this call starts the sequence.
+        total: Positions of the sequence so far, all of this call's included: what a negative position counts from.
     """
 
-    __slots__ = ("_device", "_layer", "_positions", "ctx", "is_prefill", "name", "step")
+    __slots__ = ("_device", "_layer", "_positions", "ctx", "is_prefill", "name", "step", "total")
 
     def __init__(
         self, point: HookPoint, ctx: dict[str, Any], call: Call, positions: Sequence[int], device: torch.device
@@ -41,6 +42,7 @@ class Hook:
         self.ctx = ctx
         self.step = call.step
         self.is_prefill = call.is_prefill
+        self.total = call.total
         self._layer = point.layer
         self._positions = positions
         self._device = device

@@ -246,7 +246,7 @@ def _fitted(source: Tensor, tensor: Tensor, hook: Hook, pos: Some = None) -> Ten
 def _rows(length: int, tensor: Tensor, hook: Hook, pos: Positions) -> Tensor:
     """Give the source's row for each position of the tensor; those that are not edited may have any."""
     positions = _positions(tensor, hook)
-    edited = _named(positions, pos)
+    edited = _named(positions, pos, total=_total(hook, positions))
     if (edited & (positions >= length)).any():
         message = f"The source of the edit at {hook.name!r} ends before position {length}, and the run has position"
         last = int(positions[edited].max())
@@ -263,9 +263,14 @@ def _positions(tensor: Tensor, hook: Hook) -> Tensor:
     return positions
 
 
-def _named(positions: Tensor, pos: Positions) -> Tensor:
+def _total(hook: Hook, positions: Tensor) -> int:
+    """Count the sequence so far; a function that is shown some positions only does not see its end."""
+    return getattr(hook, "total", int(positions[-1]) + 1)
+
+
+def _named(positions: Tensor, pos: Positions, *, total: int) -> Tensor:
     """Say which of these positions are named."""
-    named = local_positions(pos, first=0, total=int(positions[-1]) + 1)
+    named = local_positions(pos, first=0, total=total)
     return torch.isin(positions, torch.tensor(named, dtype=torch.long, device=positions.device))
 
 
@@ -277,7 +282,9 @@ def _chosen(tensor: Tensor, hook: Hook, heads: Positions, pos: Positions) -> Ten
     """Give a mask, broadcastable to the tensor, of what the edit replaces."""
     mask = torch.ones([1] * tensor.ndim, dtype=torch.bool, device=tensor.device)
     if pos is not None:
-        mask = mask & _along(_named(_positions(tensor, hook), pos), _position_axis(hook.name), tensor)
+        positions = _positions(tensor, hook)
+        named = _named(positions, pos, total=_total(hook, positions))
+        mask = mask & _along(named, _position_axis(hook.name), tensor)
     if heads is not None:
         mask = mask & _along(_named_heads(tensor, hook, heads), _head_axis(hook.name), tensor)
     if _part(hook.name) == "hook_attn_scores":
@@ -303,4 +310,4 @@ def _named_heads(tensor: Tensor, hook: Hook, heads: Positions) -> Tensor:
     if missing:
         message = f"{hook.name!r}, shape {list(tensor.shape)}, has no heads {missing}; it has {n_heads}"
         raise ArgumentError(f"{message} (0 to {n_heads - 1}).")
-    return _named(torch.arange(n_heads, device=tensor.device), heads)
+    return _named(torch.arange(n_heads, device=tensor.device), heads, total=n_heads)

@@ -99,7 +99,10 @@ class ModuleInput:
         if self.reaches == "all":
             if value is not shown:
                 tensor.copy_(self.view.write(tensor, value))
-        elif value is not shown or (watch.rerouted and shown is not tensor):
+            return
+        # A copy that was only read stays out: gradients of the branches would be added in another order.
+        is_read = self.is_copy and not watch.edited and not watch.rerouted
+        if not is_read and (value is not shown or (watch.rerouted and shown is not tensor)):
             call.input = self.view.write(tensor, value)
 
 

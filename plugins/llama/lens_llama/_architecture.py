@@ -169,7 +169,8 @@ class _Block:
         yield from self.attention()
         yield from self.middle()
         yield from self.norm("ln2", self.ln2)
-        yield self.point("mlp.hook_in", RESIDUAL, "what the MLP receives", ModuleInput(path=self.mlp))
+        read = ModuleInput(path=self.mlp, is_copy=self.decoder.norms == "post")  # then the MLP reads the stream itself
+        yield self.point("mlp.hook_in", RESIDUAL, "what the MLP receives", read)
         yield from self.experts() if is_sparse(self.config, self.layer) else self.neurons()
         yield from self.added("ln2_post", "hook_mlp_out", "the MLP", f"{self.hf}.{self.decoder.mlp_added}")
         equation = "resid_pre + attn_out + mlp_out"

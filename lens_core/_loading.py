@@ -188,7 +188,7 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
             f"{architecture.name} does not hold {listed}; hook values could be wrong. "
             "lens.load(..., strict=False) loads it uncertified"
         )
-    unknown = sorted(_fields(config) - fields - {"name_or_path", "_name_or_path", "model_type"})
+    unknown = sorted(_fields(config) - fields - held - {"name_or_path", "_name_or_path", "model_type"})
     unknown = [name for name in unknown if not (name.startswith("_") or name in config.attribute_map)]
     if unknown:
         warnings.warn(

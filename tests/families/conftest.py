@@ -26,14 +26,6 @@ from families.subject import Pair, shared_pair, true_float64
 from families.subjects import SUBJECTS
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker that restricts a test to some subjects."""
-    config.addinivalue_line("markers", "subjects(chosen): only the subjects for which this function holds")
-    config.addinivalue_line("markers", "in_full: only the subjects that are tried in full")
-    config.addinivalue_line("markers", "once: under the subject's first implementation only")
-    config.addinivalue_line("markers", "sampled: no light subject, and one implementation of those not tried in full")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for `subject` for every subject, and for `attn` for each of its implementations."""
     if "subject" not in metafunc.fixturenames:

@@ -33,7 +33,7 @@ from lens_core.plugin import (
     Unembedding,
     Whole,
 )
-from lens_llama._decoder import DECODERS, Decoder, eps, finish, has_rotary, is_parallel, is_sparse, qk_norm
+from lens_llama._decoder import DECODERS, Decoder, eps, finish, has_rotary, is_parallel, is_sparse, n_ctx, qk_norm
 from lens_llama._weights import weights
 
 RESIDUAL = "batch pos d_model"
@@ -78,7 +78,7 @@ def _lens_config(config: Any, decoder: Decoder) -> LensConfig:
         n_key_value_heads=config.num_key_value_heads,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
+        n_ctx=n_ctx(config),
         act_fn=getattr(config, "hidden_act", None) or config.hidden_activation,
         eps=eps(config),
         normalization_type=decoder.norm.name,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_core.plugin import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
 
-__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse", "qk_norm"]
+__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse", "n_ctx", "qk_norm"]
 
 Norms: TypeAlias = Literal["pre", "sandwich", "post"]
 
@@ -86,6 +86,13 @@ def eps(config: Any) -> float:
     """Give the norms' epsilon, under whichever name the type has it."""
     names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def n_ctx(config: Any) -> int:
+    """Give the most positions: dynamic rotary embeddings stretch beyond what the config says, others have it there."""
+    rope: Any = config.rope_parameters or {}
+    factor = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    return int(config.max_position_embeddings * factor)
 
 
 def qk_norm(config: Any) -> QkNorm | None:

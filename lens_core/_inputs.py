@@ -48,7 +48,7 @@ def read_input(
     *,
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     position_ids: Tensor | None = None,
     past: Past = NOTHING,
     is_residual: bool = False,
@@ -88,6 +88,8 @@ def read_input(
         raise ContextLengthError(
             f"{total} positions are more than the model's context of {cfg.n_ctx}; shorten the input"
         )
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(attention_mask).__name__}")
     attention_mask = past.joined(attention_mask, batch=batch, n_pos=n_pos)
     if attention_mask is not None:
         attention_mask, position_ids = _read_mask(
@@ -149,7 +151,7 @@ def _read_tokens(
 def _read_mask(
     model: "LensModel",
     past: Past,
-    mask: object,
+    mask: Tensor,
     position_ids: Tensor | None,
     *,
     batch: int,
@@ -157,8 +159,6 @@ def _read_mask(
     n_pos: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Drop a mask without padding; derive position ids from one with padding, where the model needs them."""
-    if not isinstance(mask, Tensor):
-        raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(mask).__name__}")
     mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.input_device)
     if bool(mask.all()) and position_ids is None:  # without a mask HF may read given ids as packed sequences
         return None, None

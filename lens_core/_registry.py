@@ -100,7 +100,7 @@ class Registry:
     def _remedy(self, model_type: str) -> str:
         claimants = _claimants(self.records)
         here = ", ".join(f"{name} ({found[0].label})" for name, found in sorted(claimants.items())) or "none"
-        near = difflib.get_close_matches(model_type, [*claimants, *_KNOWN_PACKAGES])
+        near = difflib.get_close_matches(model_type, {**claimants, **_KNOWN_PACKAGES})
         if model_type in _KNOWN_PACKAGES:
             remedy = f"pip install {_KNOWN_PACKAGES[model_type]} brings it."
         elif near:

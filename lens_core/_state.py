@@ -66,7 +66,7 @@ class State:
         >>> model = lens.load("toy:gpt2")
         >>> logits, state = model("the cat sat", return_state=True)
         >>> state
-        State(1 row of 6 positions, 2 layers, 0.0 MiB)
+        State(1 row of 4 positions, 2 layers, 0.0 MiB)
         >>> more, longer = model(" on the mat", past_key_values=state, return_state=True)
         >>> state.length < longer.length
         True
@@ -158,6 +158,11 @@ class Past:
         """
         return self.keeps_state or self.state is not None
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether later calls go on from what this one leaves: a state that comes back, or a cache of the user's."""
+        return self.keeps_state or (self.cache is not None and self.state is None)
+
     def joined(self, mask: Tensor | None, *, batch: int, n_pos: int) -> Tensor | None:
         """Put a state's mask before that of the new positions, which may also come with the state's part.
 
@@ -218,7 +223,7 @@ def fills_cache(past: Past, use_cache: bool | None, *, is_partial: bool) -> bool
     Raises:
         ArgumentError: Nobody could get at the cache, or it would not be whole.
     """
-    if is_partial and (past.keeps_state or (past.cache is not None and past.state is None)):
+    if is_partial and past.is_kept:
         raise ArgumentError(
             "start_at_layer and stop_at_layer leave blocks out, whose part of the cache would be missing: return no "
             "state, and go on from a state (return_state=True gives one), which no call changes, not from an HF cache"

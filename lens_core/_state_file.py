@@ -54,7 +54,7 @@ def save_state(model: "LensModel", state: State, path: Any) -> None:
         ...     model.save_state(state, f"{folder}/prefix.safetensors")
         ...     again = model.load_state(f"{folder}/prefix.safetensors")
         >>> again
-        State(1 row of 6 positions, 2 layers, 0.0 MiB)
+        State(1 row of 4 positions, 2 layers, 0.0 MiB)
     """
     if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"a state is what return_state=True gives; got {type(state).__name__}")

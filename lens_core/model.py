@@ -183,7 +183,7 @@ class LensModel(Pieces):
             past=past,
             is_residual=start is not None,
             targets=tokens,
-            continues=wants_cache,
+            continues=past.is_kept,
         )
         residual = inputs.embeddings if start is not None else None
         with self.running(start_at=start, stop_at=stop, residual=residual) as run:

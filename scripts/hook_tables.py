@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the hook points of each architecture into docs/hooks.md, from what its plugin declares.
+"""Write the hook points of each plugin's first architecture into its page, from what the plugin declares.
 
 python scripts/hook_tables.py            # write them
 python scripts/hook_tables.py --check    # exit 1 where one is out of date
@@ -11,18 +11,21 @@ from pathlib import Path
 from generated import update
 from transformers import AutoConfig
 
-from lens_core._discovery import PluginStatus
 from lens_core._registry import active_registry, load_implementation
 from lens_core.hook_points import HookPoint
 from lens_core.plugin import Architecture
 
-PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {"gpt2": "hooks.md", **{name: f"models/{name}.md" for name in ("llama", "mamba", "mamba2")}}
+CONFIGS = {"llama": {"num_key_value_heads": 8}}
+"""What a config holds beside HF's defaults, to show every name."""
 
 
 def table(architecture: Architecture) -> str:
     """Give the table in Markdown; block 0 stands for all blocks, and the first model type for its kin."""
-    declaration = load_implementation(architecture)(AutoConfig.for_model(architecture.model_types[0]))
-    rows = [_row(point) for point in declaration.points if not point.layer]
+    model_type = architecture.model_types[0]
+    config = AutoConfig.for_model(model_type, **CONFIGS.get(model_type, {}))
+    rows = [_row(point) for point in load_implementation(architecture)(config).points if not point.layer]
     return "\n".join(("| hook point | shape | equation |", "|---|---|---|", *rows))
 
 
@@ -34,11 +37,10 @@ def _row(point: HookPoint) -> str:
 
 
 if __name__ == "__main__":
-    found = [
-        architecture
-        for record in active_registry().records
-        if record.status is PluginStatus.OK
-        for architecture in record.architectures
-    ]
     is_check = "--check" in sys.argv[1:]
-    sys.exit(max(update(PAGE, f"{one.name} hook points", table(one), check=is_check) for one in found))
+    first = {record.entry_name: record.architectures[0] for record in active_registry().records if record.architectures}
+    written = [
+        update(DOCS / page, f"{first[name].name} hook points", table(first[name]), check=is_check)
+        for name, page in PAGES.items()
+    ]
+    sys.exit(max(written))

@@ -263,7 +263,7 @@ def test_a_fork_repeats_rows(kind):
             state.fork(n=n)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mamba2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_gradient_flows_into_the_prefix(kind):
     """In grad mode a state stays in its graph, forks too: the gradient is that of the whole run."""
     if importlib.util.find_spec(BUILDERS[kind][0]) is None:

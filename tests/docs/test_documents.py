@@ -40,7 +40,7 @@ def test_the_readme_is_at_most_120_lines():
 
 def test_the_example_of_the_readme_has_twelve_lines_and_prints_what_it_says():
     """The comment beside a `print` is what comes out."""
-    ((_, code),) = [found for found in FENCE.findall(README.read_text(encoding="utf-8")) if found[0] == "python"]
+    code = next(code for kind, code in FENCE.findall(README.read_text(encoding="utf-8")) if kind == "python")
     assert len(code.splitlines()) == 12
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

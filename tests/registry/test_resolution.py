@@ -63,7 +63,7 @@ def test_a_known_type_names_the_package_to_install(model_type, package):
 def test_a_near_miss_is_offered(site):
     """A misspelt type gets its likely meaning, and the list of what is installed."""
     with isolated_registry(discover=True) as registry:
-        with pytest.raises(UnknownModelTypeError, match=r"Did you mean 'gpt2'.*Installed: gpt2 \(lens-gpt2 "):
+        with pytest.raises(UnknownModelTypeError, match=r"Did you mean 'gpt2'\?.*Installed: .*gpt2 \(lens-gpt2 "):
             registry.resolve("gtp2")
 
 

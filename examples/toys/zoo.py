@@ -134,8 +134,7 @@ TOYS = {
         build=_llama,
         mixers=lambda model: [layer.self_attn.o_proj for layer in model.model.layers],
         heads=HEADS,
-        is_staged=True,
-        steps=2000,
+        steps=1000,
     ),
     "mamba": Toy(
         about=f"A Mamba of two layers, {2 * WIDTH} channels of {STATES} states each, and width {WIDTH}",

@@ -155,10 +155,13 @@ def _problem(layer: Any, own: Mapping[str, Tensor], length: int, cfg: Any) -> st
 
 
 def _problem_beside(state: State, d_vocab: int) -> str:
-    """Tell what is wrong with rows, ids or mask; empty if nothing is."""
+    """Tell what is wrong with rows, types, ids or mask; empty if nothing is."""
     rows = {tensor.shape[0] for layer in state.cache.layers for _, tensor in tensors_in(layer)}
     if len(rows) != 1:
         return f"its layers have {sorted(rows)[:5]} rows"
+    dtypes = {str(v.dtype) for layer in state.cache.layers for name, v in tensors_in(layer) if name in ATTENDED}
+    if len(dtypes) > 1:
+        return f"its keys and values are of the types {', '.join(sorted(dtypes))}"
     for name, top in (("tokens", d_vocab - 1), ("attention_mask", 1)):
         given: Tensor | None = getattr(state, name)
         if given is not None and (given.dtype != torch.long or int(given.min()) < 0 or int(given.max()) > top):

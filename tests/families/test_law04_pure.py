@@ -178,6 +178,8 @@ def test_plain_forward_is_hf(subject, narrow):
     ids = {} if subject.plugin.startswith("lens_mamba") else {"position_ids": positions_of(mask)}
     with torch.no_grad():
         assert torch.equal(narrow.model(tokens[:, 4:]), narrow.reference(tokens[:, 4:]).logits)
+        if "left" not in subject.paddings:
+            return
         ours = narrow.model(tokens, attention_mask=mask)
         theirs = narrow.reference(tokens, attention_mask=mask, **ids).logits
         assert torch.equal(ours[mask.bool()], theirs[mask.bool()])

@@ -29,8 +29,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Other projects: their inventories would have to be fetched.
     (r"py:class", r"Tensor|(collections|contextlib|jaxtyping|os|pathlib|torch|transformers)\..*"),
-    # What a seam is handed when it is installed: internal, and no plugin so far writes a seam of its own.
-    (r"py:class", r"Run|lens_core\._(plan|views|watch)\..*"),
+    # What a seam is handed when it is installed, shown under its public name; and a type variable.
+    (r"py:class", r"Run|lens_core\._(plan|views|watch|call)\..*|lens_core\._pieces\._Model"),
 ]
 
 

@@ -4,14 +4,12 @@ With the step sizes, B, C, the gate, the norms' scales and the convolution's act
 map of its input (plus its biases), and input times gradient is an exact attribution: it adds up to the output. No
 stop changes a bit of any value.
 
-| part | held still | hook point |
-|---|---|---|
-| `decay` | exp(delta A) | `mixer.hook_decay` |
-| `delta` | the step size: the decay and the write's strength | `mixer.hook_delta` |
-| `B`, `C` | what is written along, what is read along | `mixer.hook_B`, `mixer.hook_C` |
-| `gate` | SiLU(z) | `mixer.hook_gate` |
-| `scale` | the norms' scales: before the mixer, inside it (Mamba-2) and the final one | `norm.hook_scale`, ... |
-| `activation` | sigmoid(v) in SiLU(v) = sigmoid(v) v after the convolution | `mixer.hook_ssm_input` |
+- `decay`: exp(delta A), at `mixer.hook_decay`
+- `delta`: the step size, which is the decay and the write's strength, at `mixer.hook_delta`
+- `B`, `C`: what is written along and what is read along, at `mixer.hook_B` and `mixer.hook_C`
+- `gate`: SiLU(z), at `mixer.hook_gate`
+- `scale`: the norms' scales, before the mixer, inside it (Mamba-2) and the final one, at `norm.hook_scale` and kin
+- `activation`: sigmoid(v) in SiLU(v) = sigmoid(v) v after the convolution, at `mixer.hook_ssm_input`
 
 The gradient of a stopped activation goes from `mixer.hook_ssm_input` to what the convolution read
 (`mixer.hook_conv_in`) past `mixer.hook_conv`, whose own gradient lacks it.

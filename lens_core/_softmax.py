@@ -68,7 +68,7 @@ class InsideSoftmax(TorchFunctionMode):
             scores = _fire_scores(self.scores, scores, self.masked)
         pattern = func(scores, *rest, **kwargs)
         if self.pattern is not None:
-            pattern = _fire_pattern(self.pattern, pattern)
+            pattern = _fire_pattern(self.pattern, pattern, scores.dtype)
         if self.stops:
             raise Enough
         return pattern
@@ -82,14 +82,15 @@ class InsideSoftmax(TorchFunctionMode):
             )
 
 
-def _fire_pattern(watch: Watch, pattern: Float[Tensor, "batch heads query slots"]) -> Tensor:
+def _fire_pattern(watch: Watch, pattern: Float[Tensor, "batch heads query slots"], dtype: torch.dtype) -> Tensor:
+    """Show the pattern in the scores' dtype: where the softmax is float32's, HF casts to that before using it."""
     keys, dropped = _real_keys(watch, pattern)
-    real = pattern if keys == pattern.shape[-1] else pattern[..., :keys]
+    real = (pattern if keys == pattern.shape[-1] else pattern[..., :keys]).to(dtype)
     shown = pad(real, (dropped, 0)) if dropped else real
     new = watch.fire(shown, beside=True)
     if new is shown and not (watch.rerouted and shown is not pattern):
         return pattern
-    return _put_back(new[..., dropped:], pattern, keys)
+    return _put_back(new[..., dropped:], pattern.to(dtype), keys)
 
 
 def _fire_scores(watch: Watch, scores: Tensor, masked: Tensor | None) -> Tensor:

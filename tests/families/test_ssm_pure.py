@@ -12,7 +12,7 @@ from families.mamba import brief_ssm, dual, ssm
 from families.subject import pair
 from golden.edits import bend
 from golden.fingerprint import differences, fingerprint
-from golden.float64 import true_float64
+from golden.float64 import Wide, true_float64
 from golden.tiny import pad, random_tokens
 from transformers import DynamicCache
 
@@ -208,7 +208,7 @@ def in_threads(jobs, rounds=6):
         start.wait()
         for _ in range(rounds):
             try:
-                with true_float64():
+                with Wide():
                     job()
             except BaseException as error:
                 failures.append(f"{job.__name__}: {type(error).__name__}: {error}")
@@ -218,10 +218,11 @@ def in_threads(jobs, rounds=6):
     sys.setswitchinterval(1e-5)
     try:
         threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with true_float64():  # here, not in each thread: the default dtype is that of all
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
     finally:
         sys.setswitchinterval(interval)
     return failures

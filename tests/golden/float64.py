@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class _Wide(TorchFunctionMode):
+class Wide(TorchFunctionMode):
+    """The part of `true_float64()` that belongs to one thread: for threads that run inside it."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -42,7 +44,7 @@ def true_float64() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Wide():
+        with Wide():
             yield
     finally:
         torch.set_default_dtype(before)

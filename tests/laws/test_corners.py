@@ -142,7 +142,8 @@ def test_undetached_cached_values_are_on_the_way_to_the_logits(subject, attn, fr
 
 def test_a_tensor_kept_by_a_function_is_on_the_way_to_the_logits(subject, attn):
     """Law 7: what a function returned, or was handed on HF's own way, may be differentiated with respect to."""
-    beside = ("scale", "normalized", "scores", "pattern", "result")  # reading there is no way into the graph
+    # Reading there is no way into the graph.
+    beside = ("scale", "normalized", "scores", "pattern", "result", "mlp_in")
     one, tokens = subject(dtype=torch.float64, attn=attn), random_tokens()
     for name in (n for n in FLOATS if not n.endswith(INPUTS)):
         kept = {}

@@ -240,8 +240,9 @@ def scan(
 
     shape = (x.shape[0], *x.shape[2:], B.shape[-1])
     zeros = torch.zeros(shape, dtype=torch.promote_types(A.dtype, x.dtype), device=x.device)
+    is_reference = call.is_reference(original, x)
     dual = Dual(
-        x=x,
+        x=x.float() if is_reference else x,  # once, as in HF: the gradients of scan and skip meet in float32
         dt=dt,
         bias=dt_bias,
         limit=(limit[0], limit[1]),
@@ -252,7 +253,7 @@ def scan(
         start=zeros if initial_states is None else initial_states.clone(),
         call_own=call_own,
         chunk_scan=chunk_scan,
-        is_reference=call.is_reference(original, x),
+        is_reference=is_reference,
     )
     out, last = run_scan(call, dual)
     return (out, last) if return_final_states else out

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lens_core._call import Call
-from lens_core._positions import Positions, local_positions
+from lens_core._positions import Positions, leaves_gaps, local_positions
 from lens_core.hook_points import HookPoint, Selection
 from lens_core.shapes import axis_index
 
@@ -37,6 +37,7 @@ class CacheSink:
         # Tensors' backward hooks hold the sink: a strong reference would keep the cache alive as long as the graph, and
         # with undetached entries for ever.
         self._cache = weakref.ref(cache)
+        cache.has_gaps = leaves_gaps(pos_slice)
         self.names, self.exact = selection.names, selection.exact
         self.keeps_graph = not detach
         self.wants_gradient = incl_bwd

@@ -122,6 +122,8 @@ class Declaration:
     """What a block adds to the residual stream, in order: hook names below `blocks.L.`"""
     branch_factor: float = 1.0
     """A factor on what attention and MLP return, before it is added to the residual stream."""
+    logit_factor: float = 1.0
+    """What the unembedding's output is multiplied by to give the logits (Granite's `1 / logits_scaling`)."""
     embeddings: tuple[str, ...]
     """Hook points that sum to the first block's input."""
     weights: tuple[WeightView, ...]

@@ -19,7 +19,7 @@ from lens_core._call import ModuleCall
 from lens_core._graph import with_gradient_of
 from lens_core._plan import ModuleStep
 from lens_core._watch import Watch
-from lens_core.errors import UnsupportedHookError
+from lens_core.errors import HookValueError, UnsupportedHookError
 
 if TYPE_CHECKING:
     from lens_core._plan import Run
@@ -60,9 +60,20 @@ class Router:
         for index, part in enumerate(("weights", "indices")):
             if part in watches:
                 chosen[index] = _fire_flat(watches[part], chosen[index], call)
+                if part == "indices" and chosen[index] is not output[2]:
+                    _check_indices(watches[part].name, chosen[index], n_experts=logits.shape[-1])
         new = (logits, *chosen)
         if any(a is not b for a, b in zip(new, output, strict=True)):
             call.output, call.output_changed = new, True
+
+
+def _check_indices(name: str, indices: Tensor, *, n_experts: int) -> None:
+    outside = indices[(indices < 0) | (indices >= n_experts)]
+    if outside.numel():
+        raise HookValueError(
+            f"a function at {name!r} chose expert {int(outside[0])}, and there are experts 0 to {n_experts - 1}; to "
+            "drop one, set its weight to 0 at hook_expert_weights"
+        )
 
 
 def _fire_flat(watch: Watch, flat: Tensor, call: ModuleCall) -> Tensor:

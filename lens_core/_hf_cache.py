@@ -28,6 +28,7 @@ __all__ = [
     "copied",
     "copyable",
     "has_attention",
+    "is_empty",
     "new_cache",
     "note_length",
     "tensors_in",
@@ -80,7 +81,8 @@ def cached_length(cache: Any) -> int:
     """Count the positions that a cache holds.
 
     Raises:
-        StateError: A cache of recurrent states only, which do not count, advanced where lens did not see it.
+        StateError: A cache of recurrent states only, which do not count, and which no call through lens ever had. One
+            that such a call had and that was advanced outside of lens since cannot be told.
     """
     if cache is None:
         return 0
@@ -94,6 +96,11 @@ def cached_length(cache: Any) -> int:
             "seen, and lens did not see them; give lens_core.State(cache=cache, length=...) instead of the cache"
         )
     return _lengths[cache]
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether no layer holds anything."""
+    return not any(True for layer in getattr(cache, "layers", ()) for _ in tensors_in(layer))
 
 
 def note_length(cache: Any, length: int) -> None:
@@ -135,11 +142,12 @@ def tensors_in(layer: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{index}", tensor
 
 
-def copied(cache: Any, *, repeats: int = 1, is_working: bool = False) -> Any:
+def copied(cache: Any, *, length: int, repeats: int = 1, is_working: bool = False) -> Any:
     """Copy a cache; its tensors stay in the graph they are in.
 
     Args:
         cache: One that `copyable` lets pass.
+        length: How many positions it holds.
         repeats: How often each row stands in the copy, one beside the other.
         is_working: The copy is for a call of the model, which replaces keys and values and writes into the rest: then
             keys and values may be shared.
@@ -163,5 +171,5 @@ def copied(cache: Any, *, repeats: int = 1, is_working: bool = False) -> Any:
 
     new = copy.copy(cache)
     new.layers = [take_layer(layer) for layer in cache.layers]
-    note_length(new, cached_length(cache))
+    note_length(new, length)
     return new

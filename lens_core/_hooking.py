@@ -188,14 +188,27 @@ class Hooked:
         Raises:
             HookDidNotFireError: The block ended without any call of the model.
         """
-        entries = [self._entry(given, "fwd") for given in fwd_hooks]
-        entries += [self._entry(given, "bwd") for given in bwd_hooks]
+        entries = self.entries(fwd_hooks, bwd_hooks)
+        with self.hooking(entries, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+            yield self
+
+    def entries(self, fwd_hooks: Sequence[Any], bwd_hooks: Sequence[Any], *, is_alone: bool = False) -> list[HookEntry]:
+        """Read hooks as `hooks` is given them."""
+        entries = [self._entry(given, "fwd") for given in _listed("fwd_hooks", fwd_hooks)]
+        entries += [self._entry(given, "bwd") for given in _listed("bwd_hooks", bwd_hooks)]
+        return [attrs.evolve(entry, is_alone=is_alone) for entry in entries]
+
+    @contextmanager
+    def hooking(
+        self, entries: Sequence[HookEntry], *, reset_hooks_end: bool, clear_contexts: bool
+    ) -> Generator[None, None, None]:
+        """Make entries live inside the block."""
         try:
             with self.running(entries):
-                yield self
+                yield
         finally:
             if not reset_hooks_end:
-                self.added_hooks.extend(entries)
+                self.added_hooks.extend(attrs.evolve(entry, is_alone=False) for entry in entries)
             if clear_contexts:
                 self.clear_contexts()
 
@@ -295,6 +308,15 @@ class HookDict(Mapping[str, "BoundHookPoint"]):
     def __len__(self) -> int:
         """Count the hook points."""
         return len(self._model.table)
+
+
+def _listed(what: str, given: Sequence[Any]) -> Sequence[Any]:
+    """See that hooks come in a list, also a single one."""
+    if isinstance(given, tuple) and _is_hook(given):
+        raise ArgumentError(
+            f"{what} is a list of (name or filter, function) or with positions; put {given!r} in a list"
+        )
+    return given
 
 
 def _is_hook(given: Sequence[Any]) -> bool:

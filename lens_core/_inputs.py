@@ -91,7 +91,7 @@ def read_input(
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(attention_mask).__name__}")
     attention_mask = past.joined(attention_mask, batch=batch, n_pos=n_pos)
-    if attention_mask is not None:
+    if attention_mask is not None or position_ids is not None:
         attention_mask, position_ids = _read_mask(
             model, past, attention_mask, position_ids, batch=batch, total=total, n_pos=n_pos
         )
@@ -151,16 +151,20 @@ def _read_tokens(
 def _read_mask(
     model: "LensModel",
     past: Past,
-    mask: Tensor,
+    mask: Tensor | None,
     position_ids: Tensor | None,
     *,
     batch: int,
     total: int,
     n_pos: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Drop a mask without padding; derive position ids from one with padding, where the model needs them."""
+    """Drop a mask without padding; derive position ids from one with padding, where the model needs them.
+
+    Beside given position ids there is always a mask: without one HF may read them as packed sequences.
+    """
+    mask = torch.ones(batch, total, dtype=torch.long) if mask is None else mask
     mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.input_device)
-    if bool(mask.all()) and position_ids is None:  # without a mask HF may read given ids as packed sequences
+    if bool(mask.all()) and position_ids is None:
         return None, None
     derives = model.declaration.has_absolute_positions or (past.derives_positions and takes_position_ids(model))
     if position_ids is None and derives:

@@ -189,7 +189,8 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
             "lens.load(..., strict=False) loads it uncertified"
         )
     unknown = sorted(_fields(config) - fields - held - {"name_or_path", "_name_or_path", "model_type"})
-    unknown = [name for name in unknown if not (name.startswith("_") or name in config.attribute_map)]
+    moved: Any = getattr(config, "rope_parameters", None) or {}  # where HF keeps what older files have beside
+    unknown = [name for name in unknown if not (name.startswith("_") or name in config.attribute_map or name in moved)]
     if unknown:
         warnings.warn(
             f"config keys unknown to transformers are ignored: {', '.join(unknown)}", ConfigWarning, stacklevel=4

@@ -1,8 +1,9 @@
 """Logits taken apart: what each part of the residual stream adds to a token's logit, on the checkpoint's own weights.
 
 With the scale s that the run had, the logit of token t is the sum over parts of `(centred part / s) * gain . W_U[:, t]`
-plus the constant `bias . W_U[:, t] + b_U[t]`; gain and bias are the final norm's. The functions are methods of
-`ActivationCache`.
+plus the constant `bias . W_U[:, t] + b_U[t]`; gain and bias are the final norm's. A factor that a model multiplies its
+logits by is included. A soft cap (Gemma 2) is not linear: there the sum is the logit before it. The functions are
+methods of `ActivationCache`.
 """
 
 from typing import TYPE_CHECKING, Any, cast
@@ -36,8 +37,8 @@ def logit_attrs(
     """Attribute a token's logit, or the difference of two tokens' logits, to the parts of a stack.
 
     The final norm's gain is applied with the scale that the run had, so for a stack that sums to the final residual
-    stream, `attrs.sum(0) + bias` is the logit (difference) on the checkpoint's own weights, before a soft cap or logit
-    scale. Positive values favour `tokens`.
+    stream, `attrs.sum(0) + bias` is the logit (difference) on the checkpoint's own weights, before a soft cap. Positive
+    values favour `tokens`.
 
     Args:
         cache: The cache; it needs `ln_final.hook_scale`.
@@ -73,7 +74,8 @@ def logit_attrs(
     attrs = torch.einsum("c...d,...d->c...", stack, gain * through)
     if not return_bias:
         return attrs
-    b_U = model_of(cache).weight("b_U").detach().to(through.device, through.dtype)
+    model = model_of(cache)
+    b_U = model.weight("b_U").detach().to(through.device, through.dtype) * model.declaration.logit_factor
     return attrs, through @ bias + (b_U[right] if wrong is None else b_U[right] - b_U[wrong])
 
 
@@ -159,10 +161,11 @@ def _final_affine(cache: "ActivationCache", like: Tensor) -> tuple[Tensor, Tenso
 
 
 def _unembedding(cache: "ActivationCache", right: Tensor, wrong: Tensor | None, like: Tensor) -> Tensor:
-    """Give `W_U[:, right] - W_U[:, wrong]` as `[*ids, d_model]`."""
-    rows = model_of(cache).weight("W_U").detach().T
+    """Give `W_U[:, right] - W_U[:, wrong]`, times the logits' factor, as `[*ids, d_model]`."""
+    model = model_of(cache)
+    rows = model.weight("W_U").detach().T
 
     def pick(ids: Tensor) -> Tensor:
-        return rows[ids.to(rows.device)].to(like.device, like.dtype)
+        return rows[ids.to(rows.device)].to(like.device, like.dtype) * model.declaration.logit_factor
 
     return pick(right) if wrong is None else pick(right) - pick(wrong)

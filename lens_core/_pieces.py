@@ -30,7 +30,11 @@ class Pieces(Texts):
         self._views = {view.name: view for view in declaration.weights}
 
     def embed(self, input: Any) -> Float[Tensor, "batch pos d_model"]:
-        """Embed token ids or text: what `hook_embed` holds, positions left out and scale included."""
+        """Embed token ids or text: what `hook_embed` holds, positions left out and scale included.
+
+        Where the scale is applied outside of the embedding (Granite), the model applies it again to embeddings that it
+        is given as input.
+        """
         tokens = self.to_tokens(input) if not isinstance(input, Tensor) else input
         embedded = self.bare_model.get_submodule(self.declaration.embed)(tokens)
         return embedded if self.declaration.embed_scale == 1 else embedded * self.declaration.embed_scale
@@ -46,10 +50,29 @@ class Pieces(Texts):
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """Give one weight in TransformerLens' layout; a view of the live parameter.
 
+        Args:
+            name: One of `weight_names`.
+            layer: The block, 0-based, negative from the end; None for what is outside of the blocks.
+
         Raises:
             WeightError: No such weight, no such layer, or a weight that cannot be shown (quantised, on meta).
         """
+        n_layers = self.declaration.cfg.n_layers
+        if layer is not None and not -n_layers <= layer < n_layers:
+            raise WeightError(f"{name} of block {layer!r}: this model has blocks 0 to {n_layers - 1}")
+        layer = None if layer is None else layer % n_layers
         return read_weight(self._view(name), self.bare_model.get_submodule, layer)
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the weights that this model has.
+
+        Example:
+            >>> import lens_core as lens
+            >>> lens.load("toy:mamba").weight_names[:4]
+            ('W_E', 'W_U', 'b_U', 'W_in_proj')
+        """
+        return tuple(self._views)
 
     def _view(self, name: str) -> WeightView:
         if name not in self._views:
@@ -63,6 +86,8 @@ class Pieces(Texts):
             return stack_weight(views[name], self.bare_model.get_submodule, self.declaration.cfg.n_layers)
         if name in _MODULE_ATTRIBUTES:
             return getattr(self.hf_model, name)
+        if name.startswith(("W_", "b_")):
+            raise AttributeError(f"no weight {name!r} in {self.architecture.name}; there are {', '.join(views)}")
         raise AttributeError(f"LensModel has no attribute {name!r}; HF's own are on model.hf_model")
 
     def to(self: _Model, *args: Any, **kwargs: Any) -> _Model:

@@ -1,14 +1,15 @@
 """Positions that a hook entry may name: absolute, 0-based, or negative from the end of the sequence so far."""
 
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from lens_core.errors import ArgumentError
 
-__all__ = ["Positions", "local_positions", "read_positions"]
+__all__ = ["Positions", "leaves_gaps", "local_positions", "outside_positions", "read_positions"]
 
 Positions: TypeAlias = int | slice | Sequence[int] | None
 
@@ -24,13 +25,44 @@ def read_positions(given: Any) -> Positions:
     if isinstance(given, Tensor):
         tensor: Any = given.nonzero().flatten() if given.dtype == torch.bool else given
         given = tensor.tolist()
-    if isinstance(given, int) and not isinstance(given, bool):
-        return given
+    if _is_index(given):
+        return operator.index(given)
     if isinstance(given, Iterable) and not isinstance(given, str | bytes):
         listed = tuple(cast("Iterable[Any]", given))
-        if listed and all(isinstance(p, int) and not isinstance(p, bool) for p in listed):
-            return listed
+        if listed and all(map(_is_index, listed)):
+            return tuple(map(operator.index, listed))
     raise ArgumentError(f"positions are an int, a slice, or some ints; got {given!r}")
+
+
+def outside_positions(positions: Positions, *, total: int) -> list[int]:
+    """List the ints that name no position of a sequence; a slice is cut to it, as everywhere in Python.
+
+    Example:
+        >>> outside_positions([0, 5, -6], total=5)
+        [5, -6]
+    """
+    listed = [positions] if isinstance(positions, int) else positions if isinstance(positions, tuple | list) else []
+    return [position for position in listed if not -total <= position < total]
+
+
+def leaves_gaps(positions: Positions) -> bool:
+    """Whether positions between the named ones are left out.
+
+    Example:
+        >>> leaves_gaps([2, 3]), leaves_gaps([2, 4]), leaves_gaps(slice(None, None, 2))
+        (False, True, True)
+    """
+    if isinstance(positions, slice):
+        return positions.step not in (None, 1, -1)
+    if positions is None or isinstance(positions, int):
+        return False
+    named = sorted(set(positions))
+    return named != list(range(named[0], named[0] + len(named)))
+
+
+def _is_index(given: Any) -> bool:
+    """Whether something is a whole number: an int, or numpy's; a bool is none."""
+    return isinstance(given, SupportsIndex) and not isinstance(given, bool | Tensor)
 
 
 def local_positions(positions: Positions, *, first: int, total: int) -> list[int]:

@@ -101,13 +101,14 @@ def _fire_scores(watch: Watch, scores: Tensor, masked: Tensor | None) -> Tensor:
     shown = real if hidden is None else real.masked_fill(hidden, float("-inf"))
     shown = pad(shown, (dropped, 0), value=float("-inf")) if dropped else shown
     new = watch.fire(shown, beside=True)
-    if new is shown and not watch.rerouted:
+    if not watch.edited and not watch.rerouted:
         return scores
     new = new[..., dropped:]
     # -inf is for show: HF's numbers are finite, so that a row which may see nothing is uniform and not NaN.
     lowest = torch.finfo(real.dtype).min
     finite = new.masked_fill(new.isneginf(), lowest)
-    new = finite if hidden is None else torch.where(hidden & new.isneginf(), real.detach(), finite)
+    kept = real if new.requires_grad else real.detach()  # a row that is all masked has a gradient in HF, too
+    new = finite if hidden is None else torch.where(hidden & new.isneginf(), kept, finite)
     return _put_back(new, scores, keys)
 
 

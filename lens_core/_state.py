@@ -17,6 +17,7 @@ from lens_core._hf_cache import (
     copied,
     copyable,
     has_attention,
+    is_empty,
     new_cache,
     note_length,
     tensors_in,
@@ -82,6 +83,9 @@ class State:
         """See that all parts are of one length."""
         if has_attention(self.cache) and cached_length(self.cache) != self.length:
             raise StateError(f"length={self.length}, and the cache holds {cached_length(self.cache)} positions")
+        if self.length < 0 or (self.length == 0) != is_empty(self.cache):
+            held = "nothing" if is_empty(self.cache) else "something"
+            raise StateError(f"length={self.length}, and the cache holds {held}")
         note_length(self.cache, self.length)
         for name, given in (("attention_mask", self.attention_mask), ("tokens", self.tokens)):
             if given is not None and given.shape != (self.batch or given.shape[0], self.length):
@@ -129,7 +133,7 @@ class State:
 
         return attrs.evolve(
             self,
-            cache=copied(self.cache, repeats=n),
+            cache=copied(self.cache, length=self.length, repeats=n),
             attention_mask=repeated(self.attention_mask),
             tokens=repeated(self.tokens),
         )
@@ -203,7 +207,7 @@ def read_past(model: "Hooked", given: Any, *, keeps_state: bool = False) -> Past
         return Past(keeps_state=True) if keeps_state else NOTHING
     if isinstance(given, State):
         check_origin(model, given)
-        cache = copied(given.cache, is_working=True) if given.length else None
+        cache = copied(given.cache, length=given.length, is_working=True) if given.length else None
         return Past(cache=cache, length=given.length, state=given, keeps_state=keeps_state)
     if not isinstance(given, Cache):
         raise ArgumentError(

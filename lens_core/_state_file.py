@@ -1,7 +1,8 @@
 """States on disk: safetensors, with what is needed to see that a model is the one that made them.
 
 A file's metadata hold `length`, `config` (JSON: what HF's config says that may change a value, and the dtype), `layers`
-(JSON: of each layer HF's class and window), and where the state comes from: model id and type, plugin, versions.
+(JSON: of each layer HF's class and window), `tensors` (JSON: type and shape by name), and where the state comes from:
+model id and type, plugin, versions.
 Tensors stand under `layers.L.keys`, `.values`, `.conv_states.I` and `.recurrent_states.I`, beside `tokens` and
 `attention_mask`. Nothing is pickled, nothing in a file is trusted, and no class is made from its name in a file: the
 layers are those that HF makes for the model.
@@ -79,6 +80,7 @@ def save_state(model: "LensModel", state: State, path: Any) -> None:
         "length": str(state.length),
         "config": json.dumps(facts(model)),
         "layers": json.dumps(layers),
+        "tensors": json.dumps(_listed(tensors)),
     }
     KIND.write(target, tensors, metadata)
 
@@ -102,6 +104,10 @@ def load_state(model: "LensModel", path: Any) -> State:
     return KIND.read(path, parse)
 
 
+def _listed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: [str(value.dtype), *value.shape] for name, value in sorted(tensors.items())}
+
+
 def _described(layer: Any) -> dict[str, Any]:
     return {"class": type(layer).__name__, "sliding_window": getattr(layer, "sliding_window", None)}
 
@@ -111,6 +117,15 @@ def _read(model: "LensModel", tensors: dict[str, Tensor], metadata: Mapping[str,
     length = metadata.get("length", "")
     if not isinstance(theirs, dict) or not re.fullmatch(r"[1-9][0-9]{0,9}", length):
         raise StateFileError(f"{shown!r} is damaged: its metadata lack the config or the length")
+    if not {"model_type", "dtype"} <= theirs.keys():
+        raise StateFileError(f"{shown!r} is damaged: its metadata do not say what model it is of")
+    listed, own = json.loads(metadata.get("tensors", "")), _listed(tensors)
+    if listed != own:
+        wrong = sorted(name for name in {*listed, *own} if listed.get(name) != own.get(name))[0][:80]
+        raise StateFileError(
+            f"{shown!r} is damaged: {wrong!r} is {own.get(wrong, 'missing')}, and was {listed.get(wrong, 'missing')} "
+            "when it was saved"
+        )
     difference = unlike(cast("dict[str, Any]", theirs), facts(model))
     if difference:
         raise StateFileError(f"{shown!r} is a state of another model: {difference}; give the model that made it")
@@ -157,7 +172,7 @@ def _problem(layer: Any, own: Mapping[str, Tensor], length: int, cfg: Any) -> st
 def _problem_beside(state: State, d_vocab: int) -> str:
     """Tell what is wrong with rows, types, ids or mask; empty if nothing is."""
     rows = {tensor.shape[0] for layer in state.cache.layers for _, tensor in tensors_in(layer)}
-    if len(rows) != 1:
+    if len(rows) != 1 or not min(rows):
         return f"its layers have {sorted(rows)[:5]} rows"
     dtypes = {str(v.dtype) for layer in state.cache.layers for name, v in tensors_in(layer) if name in ATTENDED}
     if len(dtypes) > 1:
@@ -166,6 +181,8 @@ def _problem_beside(state: State, d_vocab: int) -> str:
         given: Tensor | None = getattr(state, name)
         if given is not None and (given.dtype != torch.long or int(given.min()) < 0 or int(given.max()) > top):
             return f"its {name} are not whole numbers from 0 to {top}"
+    if state.attention_mask is not None and not bool(state.attention_mask.any(1).all()):
+        return "its attention_mask leaves a row without a token"
     return ""
 
 

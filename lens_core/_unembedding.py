@@ -42,6 +42,7 @@ class Unembedding:
         before = [watch for watch in watches if watch.point.seam.part == "in"]
         after = [watch for watch in watches if watch.point.seam.part == "out"]
         last = [watch for watch in watches if watch.point.seam.part == "logits"]
+        yield ModuleStep(path="", when="pre", act=_check_kept)
         yield ModuleStep(path=self.base, when="post", act=self._keep)
         yield ModuleStep(path=self.path, when="pre", act=lambda call: self._before(before, call))
         if after or last:
@@ -101,6 +102,14 @@ class Unembedding:
             )
         call.output = _with(call.output, key, value[:, n_pos - n_kept :])
         call.output_changed = True
+
+
+def _check_kept(call: ModuleCall) -> None:
+    if isinstance(call.kwargs.get("logits_to_keep"), Tensor):
+        raise UnsupportedHookError(
+            "logits_to_keep as a tensor of indices picks positions that the hook points at the end of a model cannot "
+            "tell; give a number, or leave it out and pick from the logits"
+        )
 
 
 def _logits_key(output: Any) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lens_core._call import Call
-from lens_core._positions import Positions, local_positions
-from lens_core.errors import HookFunctionError, HookValueError, LensError, UnsupportedHookError
+from lens_core._positions import Positions, local_positions, outside_positions
+from lens_core.errors import ArgumentError, HookFunctionError, HookValueError, LensError, UnsupportedHookError
 from lens_core.hook_points import HookPoint
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class HookEntry:
     exact: bool
     fn: HookFunction
     positions: Positions = None
+    is_alone: bool = False
+    """Whether it is for one call that nothing continues, so that a position outside of it is a mistake."""
     direction: Literal["fwd", "bwd"] = "fwd"
     is_permanent: bool = False
     level: int | None = None
@@ -168,7 +170,7 @@ class Watch:
     def positions_asked(self) -> list[int]:
         """List the positions of this call, 0-based in it, that some function is to be shown, in order."""
         call = self.run.now
-        named = [local_positions(e.positions, first=call.past, total=call.total) for e in self.entries]
+        named = [self._named(entry, call, first=call.past) for entry in self.entries]
         return sorted({position for positions in named for position in positions})
 
     @property
@@ -216,7 +218,7 @@ class Watch:
         """Call one function on its own clone of the value (or of its positions), and put back what it returns."""
         if position is None:
             index, hook = self._locate(entry, value, call)
-        elif entry.positions is None or position in local_positions(entry.positions, first=call.past, total=call.total):
+        elif entry.positions is None or position in self._named(entry, call, first=call.past):
             index, hook = None, self._hook(call, [call.past + position], value)
         else:
             return value
@@ -246,10 +248,20 @@ class Watch:
         absolute: Sequence[int] = range(first, first + length)
         index: Tensor | None = None
         if entry.positions is not None:
-            local = local_positions(entry.positions, first=first, total=call.total)
+            local = self._named(entry, call, first=first)
             absolute = [first + position for position in local]
             index = torch.tensor(local, dtype=torch.long, device=value.device)
         return index, self._hook(call, absolute, value)
+
+    def _named(self, entry: HookEntry, call: Call, *, first: int) -> list[int]:
+        """Find which positions of an axis that begins at `first` a function asks for."""
+        outside = outside_positions(entry.positions, total=call.total) if entry.is_alone else ()
+        if outside:
+            raise ArgumentError(
+                f"a function at {self.name!r} is for position {outside[0]}, and the input has {call.total}: "
+                f"0 to {call.total - 1}, or -{call.total} to -1 from its end"
+            )
+        return local_positions(entry.positions, first=first, total=call.total)
 
     def _hook(self, call: Call, absolute: Sequence[int], value: Tensor) -> Hook:
         ctx = self.run.contexts.setdefault(self.name, {})

@@ -12,7 +12,7 @@ from lens_core._arguments import checks_arguments
 from lens_core._cache_sink import CacheSink, moved
 from lens_core._decomposition import sliced
 from lens_core._entries import Entries, Gradients
-from lens_core._positions import read_positions
+from lens_core._positions import leaves_gaps, read_positions
 from lens_core.analysis import ssm_attention
 from lens_core.errors import ArgumentError, CacheError, NotCachedError
 from lens_core.hook_points import HookTable
@@ -35,6 +35,7 @@ class ActivationCache(Entries):
         table: The hook points that names are resolved by.
         grad: Gradients at the same hook points, where they were asked for.
         has_batch_dim: False after `remove_batch_dim`.
+        has_gaps: Whether `pos_slice` left out positions between those that are here.
         metadata: What a file said of the run: model id, plugin and versions; empty for a cache of this process.
 
     Example:
@@ -62,6 +63,7 @@ class ActivationCache(Entries):
         self.table = table
         self.model = model
         self.has_batch_dim = has_batch_dim
+        self.has_gaps = False
         self.grad = Gradients(gradients or {}, table=table, has_batch_dim=has_batch_dim, is_from_file=model is None)
         self.metadata: Mapping[str, str] = dict(metadata or {})
 
@@ -198,10 +200,12 @@ class ActivationCache(Entries):
             axis = self.position_axis(name)
             return value if axis is None else sliced(value, axis, kept)
 
-        return self._new(take, has_batch_dim=self.has_batch_dim)
+        new = self._new(take, has_batch_dim=self.has_batch_dim)
+        new.has_gaps = self.has_gaps or leaves_gaps(kept)
+        return new
 
     def _new(self, take: Callable[[str, Tensor], Tensor], *, has_batch_dim: bool) -> "ActivationCache":
-        return ActivationCache(
+        new = ActivationCache(
             {name: take(name, self[name]) for name in self},
             table=self.table,
             model=self.model,
@@ -209,6 +213,8 @@ class ActivationCache(Entries):
             gradients={name: take(name, self.grad[name]) for name in self.grad},
             metadata=self.metadata,
         )
+        new.has_gaps = self.has_gaps
+        return new
 
     def _is_ours(self, name: str) -> bool:
         """Whether the entry's axes are known, the batch first; HF's own modules may have any."""

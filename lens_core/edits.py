@@ -5,7 +5,8 @@ one that it was given, nor hands out one that the user keeps.
 
 `pos` names positions as hook entries do: absolute and 0-based, or negative from the end of the sequence so far; an int,
 several, a slice, or None for all. While decoding, only those positions are edited that the step has, so -1 is every new
-token. `heads` names heads, where the hook point has an axis of them.
+token. `heads` names heads, where the hook point has an axis of them; in a Mamba-1 scan its channels. At keys and values
+under grouped-query attention these are the key-value heads.
 
 A source is a tensor, or a mapping from names to tensors such as an `ActivationCache`, read at the hook's own name when
 the hook fires. Its axes are the hook point's, and it may leave out the batch axis, or both batch and position (a
@@ -32,11 +33,12 @@ Some: TypeAlias = Any
 """An int, several ints, a slice, or None for all."""
 
 _ATTENDING = frozenset({"hook_attn_scores", "hook_pattern"})  # batch n_heads query key
-_PER_HEAD = frozenset(  # batch pos n_heads ...
+_PER_HEAD = frozenset(  # batch pos n_heads ...; in Mamba-1 a channel is a head of width 1
     f"hook_{name}"
     for name in (
         *("q", "k", "v", "z", "result", "rot_q", "rot_k", "q_normed", "k_normed", "k_rep", "v_rep"),
         *("attn_in", "q_input", "k_input", "v_input", "k_input_rep", "v_input_rep"),
+        *("ssm_input", "delta_pre", "delta", "decay", "ssm_write", "ssm_state", "y", "ssm_output"),
     )
 )
 
@@ -299,7 +301,8 @@ def _along(flags: Tensor, axis: int, tensor: Tensor) -> Tensor:
 def _head_axis(name: str) -> int:
     part = _part(name)
     if part not in _ATTENDING | _PER_HEAD:
-        raise ArgumentError(f"{name!r} has no axis of heads. Leave out heads, or choose a point such as attn.hook_z.")
+        such = "mixer.hook_y" if ".mixer." in name else "attn.hook_z"
+        raise ArgumentError(f"{name!r} has no axis of heads. Leave out heads, or choose a point such as {such}.")
     return 1 if part in _ATTENDING else 2
 
 
@@ -309,5 +312,6 @@ def _named_heads(tensor: Tensor, hook: Hook, heads: Positions) -> Tensor:
     missing = [head for head in listed if not -n_heads <= head < n_heads]
     if missing:
         message = f"{hook.name!r}, shape {list(tensor.shape)}, has no heads {missing}; it has {n_heads}"
-        raise ArgumentError(f"{message} (0 to {n_heads - 1}).")
+        shared = _part(hook.name) in ("hook_k", "hook_v") and "; key-value heads, each read by a group of query heads"
+        raise ArgumentError(f"{message} (0 to {n_heads - 1}{shared or ''}).")
     return _named(torch.arange(n_heads, device=tensor.device), heads, total=n_heads)

@@ -1,7 +1,7 @@
 """Generation by HF's own loop, with hooks live at every step."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -91,8 +91,8 @@ def generate(
     Raises:
         ContextLengthError: Prompt and new tokens do not fit the context.
         StateError: A state of another model or batch.
-        ArgumentError: A wrong `return_type`, an option that HF does not know, or beams, drafts or
-            `use_past_kv_cache=False` with a state.
+        ArgumentError: A wrong `return_type`, an option that HF does not know, beams or drafts with a cache or a state,
+            or `use_past_kv_cache=False` with a state.
     """
     if return_type not in ("input", "str", "tokens"):
         raise ArgumentError(f"return_type is 'input', 'str' or 'tokens'; got {return_type!r}")
@@ -101,6 +101,8 @@ def generate(
         if not isinstance(number, int | float):
             raise ArgumentError(f"{name} is a number; got {number!r}")
     past = _past(model, past_key_values, return_state=return_state, uses_cache=use_past_kv_cache, options=hf_options)
+    if return_cache:
+        _check_rows(model, hf_options, ("num_beams", *_DRAFTS), "the activations cached are not the returned rows'")
     inputs = _prompt(
         model, past, input, max_new_tokens, prepend_bos, padding_side, attention_mask, continues=use_past_kv_cache
     )
@@ -256,17 +258,24 @@ def _past(model: "LensModel", given: Any, *, return_state: bool, uses_cache: boo
         return past
     if not uses_cache:
         raise ArgumentError("a state is the model's own cache: leave use_past_kv_cache=False out")
-    config: Any = model.hf_model.generation_config
-    for name in ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "assistant_model"):
-        value = options.get(name, getattr(config, name, None))
-        if value not in (None, 1):
-            raise ArgumentError(
-                f"{name}={value!r} reorders, repeats or cuts HF's cache while it generates, so no state goes in or "
-                "comes out; state.fork(n=...) gives several rows to continue"
-            )
+    why = "no state goes in or comes out; state.fork(n=...) gives several rows to continue"
+    _check_rows(model, options, ("num_beams", "num_return_sequences", *_DRAFTS), why)
     if return_state and any(options.get(name) is not None for name in ("stopping_criteria", "stop_strings")):
         raise ArgumentError("return_state needs to know where each row ends: by its end token, or at max_new_tokens")
     return past
+
+
+_DRAFTS = ("prompt_lookup_num_tokens", "assistant_model")
+"""Options with which HF runs tokens that it may take back."""
+
+
+def _check_rows(model: "LensModel", options: dict[str, Any], names: Sequence[str], consequence: str) -> None:
+    """Refuse options that change which row or position a forward is about."""
+    config: Any = model.hf_model.generation_config
+    for name in names:
+        value = options.get(name, getattr(config, name, None))
+        if value not in (None, 1):
+            raise ArgumentError(f"{name}={value!r} reorders, repeats or cuts rows while HF generates, so {consequence}")
 
 
 def _call_hf(model: "LensModel", past: Past, inputs: Inputs, options: dict[str, Any], *, streamer: Any) -> Any:

@@ -274,10 +274,26 @@ class HookTable(Mapping[str, HookPoint]):
 
     def _unknown(self, name: object) -> str:
         text = name if isinstance(name, str) else ".".join(str(bit) for bit in cast("tuple[object, ...]", name))
-        pool = [*self._points, *self._aliases, *(_short_of(part) for part in self._parts)]
+        for marker, names, what in _ELSEWHERE:
+            if not any(marker in known for known in self._points) and (marker in text or _short_of(text) in names):
+                return (
+                    f"no hook point {name!r} in this model, which has no {what}; model.hook_points() lists what it has"
+                )
+        pool = sorted({*self._points, *self._aliases, *(_short_of(part) for part in self._parts)})
         near = difflib.get_close_matches(text, pool, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "model.hook_points() lists them"
         return f"no hook point {name!r} in this model; {hint}"
+
+
+_ELSEWHERE = (
+    (".attn.", frozenset({"q", "k", "v", "z", "pattern", "attn_scores", "result", "attn_out"}), "attention"),
+    (
+        ".mixer.",
+        frozenset({"mixer_in", "mixer_out", "ssm_state", "ssm_input", "ssm_write", "ssm_output", "delta", "decay"}),
+        "state-space mixers",
+    ),
+)
+"""Kinds of places that a whole model may lack: what names hold, some short forms, and what they are places of."""
 
 
 def _is_short_form(name: object) -> bool:

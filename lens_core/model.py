@@ -325,8 +325,14 @@ class LensModel(Pieces):
             reset_hooks_end: False keeps the hooks, as if added by `add_hook`.
             clear_contexts: Whether every `ctx` is emptied at the end.
             **kwargs: As in `forward`.
+
+        Raises:
+            ArgumentError: A function for a position that the input does not have, unless the call is part of a longer
+                sequence (`past_key_values`, `return_state`), whose other calls may have it.
         """
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+        is_alone = kwargs.get("past_key_values") is None and not kwargs.get("return_state")
+        entries = self.entries(fwd_hooks, bwd_hooks, is_alone=is_alone)
+        with self.hooking(entries, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
             return self.forward(input, **kwargs)
 
     generate = generate

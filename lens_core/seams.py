@@ -218,14 +218,20 @@ class NormInside:
         dtype = call.input.dtype
         with torch.set_grad_enabled(any(watch.needs_graph for watch in watches)):
             centred, scale = self.kind.split(call.module, call.input)
+            is_new = torch.zeros((), dtype=torch.bool, device=scale.device)
             if scale_watch is not None:
                 shown = scale.to(dtype)
                 new = scale_watch.fire(shown, beside=True)
-                scale = new.to(scale.dtype) if new is not shown or scale_watch.rerouted else scale
+                if scale_watch.edited or scale_watch.rerouted:
+                    # Where no function changed it, the scale keeps the digits that the model's dtype has not.
+                    is_new = new != shown
+                    scale = torch.where(is_new, new.to(scale.dtype), with_gradient_of(new.to(scale.dtype), scale))
             normalized = (centred / scale).to(dtype)
             if normalized_watch is not None:
-                normalized = normalized_watch.fire(normalized, beside=True)
+                new = normalized_watch.fire(normalized, beside=True)
+                is_new = is_new | (new != normalized).any(-1, keepdim=True) if normalized_watch.edited else is_new
+                normalized = new
             if any(watch.edited or watch.rerouted for watch in watches):
                 explicit = self.kind.affine(call.module, normalized)
-                is_edited = any(watch.edited for watch in watches)
-                call.result = explicit if is_edited else with_gradient_of(explicit, call.result)
+                own = with_gradient_of(explicit, call.result)  # other positions keep HF's rounding
+                call.result = torch.where(is_new, explicit, own) if any(w.edited for w in watches) else own

@@ -73,7 +73,8 @@ def _measure_heads(model: "LensModel", text: Text, command: str, *, begin: Calla
     scores = _scores(cache, tokens)
     induction = {head: score["induction"] for head, score in scores.items()}
     found = _heads.heads_above(induction, INDUCTION) if shared["repeated"] else []
-    control = _heads.control_heads(found, induction)
+    steady = {head: score["previous"] < INDUCTION for head, score in scores.items()}  # not what induction is made of
+    control = _heads.control_heads(found, {head: share for head, share in induction.items() if steady[head]})
     begin("ablating them")
     ablation = _ablation(model, tokens, losses, shared["repeated"], found, control) if found else None
     begin("attributing the logits")

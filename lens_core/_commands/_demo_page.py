@@ -205,8 +205,9 @@ def _ablation(result: DemoResult) -> list[view.Picture | str]:
     if run.control is not None:
         rows.append([f"control: {control}", run.control, run.control - run.clean])
         story += (
-            " The control, ablated in the same way, shows what ablating any head does: it is as many other heads, of "
-            "the same layers where there are any, with the lowest induction scores."
+            " The control, ablated in the same way, shows what ablating any head does: it is other heads, as many "
+            "as there are, of the same layers where there are any, with the lowest induction scores; heads that attend "
+            "to the previous token, which induction is made of, are not among them."
         )
     return [
         title,

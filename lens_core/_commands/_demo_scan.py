@@ -151,7 +151,10 @@ def _knocked_out(
 
 def _cuts(model: "LensModel", pairs: Mapping[int, Sequence[int]]) -> list[tuple[Any, ...]]:
     return [
-        entry for target, sources in pairs.items() for entry in knockout(model, "attention", sources, targets=target)
+        entry
+        for target, sources in pairs.items()
+        if sources  # a short text may have no others to compare with
+        for entry in knockout(model, "attention", sources, targets=target)
     ]
 
 

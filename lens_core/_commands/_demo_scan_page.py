@@ -144,7 +144,7 @@ def _summary(result: ScanResult) -> list[view.Picture | str]:
 
 def _where(result: ScanResult) -> str:
     place = place_label(result.offset)
-    return f"{place.replace(' it', '')} of its earlier occurrence" if result.offset else "its earlier occurrence"
+    return f"{place.removesuffix(' it')} its earlier occurrence" if result.offset else "its earlier occurrence"
 
 
 def _maps(result: ScanResult) -> list[view.Picture | str]:

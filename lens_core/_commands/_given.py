@@ -11,7 +11,7 @@ from lens_core.errors import ArgumentError, EmptyInputError
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-MODEL_HELP = "an HF id, a local folder, or toy:gpt2"
+MODEL_HELP = "an HF id, a local folder, or a toy such as toy:gpt2 or toy:mamba"
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

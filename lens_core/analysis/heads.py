@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 
+@checks_arguments
 def previous_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
     """Mark the token just before each.
 
@@ -42,11 +43,12 @@ def previous_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos
                  [1, 0, 0],
                  [0, 1, 0]]], dtype=torch.int32)
     """
-    batch, length = tokens.shape
+    batch, length = _checked(tokens).shape
     before = torch.ones(length - 1, dtype=torch.bool, device=tokens.device).diag(-1)
     return before.expand(batch, length, length)
 
 
+@checks_arguments
 def duplicate_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
     """Mark earlier occurrences of each token.
 
@@ -56,9 +58,11 @@ def duplicate_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch po
                  [0, 0, 0],
                  [1, 0, 0]]], dtype=torch.int32)
     """
+    tokens = _checked(tokens)
     return (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
 
 
+@checks_arguments
 def induction_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos pos"]:
     """Mark the tokens that came after earlier occurrences of each token, where an induction head looks.
 
@@ -69,6 +73,13 @@ def induction_places(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch po
                  [0, 1, 0]]], dtype=torch.int32)
     """
     return F.pad(duplicate_places(tokens), (1, 0))[..., :-1].tril(-1)
+
+
+def _checked(tokens: object) -> Tensor:
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+        got = f"shape {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ArgumentError(f"tokens are ids [batch, pos], as model.to_tokens gives; got {got}")
+    return tokens
 
 
 @checks_arguments
@@ -97,6 +108,7 @@ def unmixed(
     return places & ~(places & mixed).any(-1, keepdim=True)
 
 
+@checks_arguments
 def repeated_tokens(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """Mark the tokens that the text foretells: the token before and this one stood side by side before.
 
@@ -142,6 +154,7 @@ def attention_share(
     return share.sum((0, 2)) / places.any(-1).sum().clamp(min=1)
 
 
+@checks_arguments
 def head_scores(cache: ActivationCache, places: Bool[Tensor, "batch query key"]) -> dict[tuple[int, int], float]:
     """Score every head whose pattern is cached, by `(layer, head)`.
 
@@ -163,12 +176,16 @@ def head_scores(cache: ActivationCache, places: Bool[Tensor, "batch query key"])
         True
     """
     scores: dict[tuple[int, int], float] = {}
+    if not isinstance(places, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"places are a mask [batch, query, key], as induction_places gives; got {places!r}")
     for name in cache:
         layer = cache.table[name].layer
         if layer is None or not name.endswith(".hook_pattern"):
             continue
         pattern = cache[name] if cache.has_batch_dim else cache[name][None]
         scores |= {(layer, head): float(share) for head, share in enumerate(attention_share(pattern, places))}
+    if not scores and not any(name.endswith(".hook_pattern") for name in cache.table):
+        raise CacheError("this model has no attention heads; for state-space mixers see cache.effective_attention")
     if not scores:
         raise CacheError("no attention pattern is cached; run with names_filter='pattern', or None for all defaults")
     return scores

@@ -119,7 +119,7 @@ def effective_attention(
         >>> found.error < 1e-4
         True
     """
-    (layer,) = read_layers(cache.table, layer)
+    (layer,), heads = read_layers(cache.table, layer), read_positions(heads)
     scan = read_scan(cache, layer)
     wanted = _Wanted(target=target, source=source, reduce=reduce, skip=skip, with_delta=with_delta, max_bytes=max_bytes)
     rebuilt = _Rebuilt()
@@ -177,7 +177,7 @@ def scan_attention(
         tensor([[[0.2500, 0.5000, 1.0000]]])
     """
     wanted = _Wanted(target=target, source=source, reduce=reduce, skip=skip, with_delta=with_delta, max_bytes=max_bytes)
-    return _streamed(scan, heads, wanted, None)
+    return _streamed(scan, read_positions(heads), wanted, None)
 
 
 @checks_arguments
@@ -249,6 +249,8 @@ def _streamed(
     if wanted.skip and scan.D is None:
         raise ArgumentError("skip=True needs D, which this scan has not: its cache has no model")
     scan = scan if heads is None else scan.heads(heads)
+    if not scan.n_heads:
+        raise ArgumentError(f"heads={heads!r} names no channel or head")
     targets, sources = _positions(scan, wanted.target), _positions(scan, wanted.source)
     rows, columns = sorted(set(targets)), sorted(set(sources))
     pieces, total = list[Tensor](), torch.zeros(())
@@ -279,8 +281,11 @@ def _without_axes(values: Tensor, wanted: _Wanted, *, drops_heads: bool) -> Tens
 
 
 def _positions(scan: Scan, given: Any) -> list[int]:
-    chosen: Any = sliced(torch.arange(scan.n_pos), 0, given)
-    return chosen.reshape(-1).tolist()
+    named: Any = sliced(torch.arange(scan.n_pos), 0, given)
+    chosen: list[int] = named.reshape(-1).tolist()
+    if not chosen:
+        raise ArgumentError(f"{given!r} names none of the {scan.n_pos} positions")
+    return chosen
 
 
 def _in_order(values: Tensor, axis: int, there: Sequence[int], asked: Sequence[int]) -> Tensor:

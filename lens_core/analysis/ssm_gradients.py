@@ -12,17 +12,20 @@ stop changes a bit of any value.
 - `activation`: sigmoid(v) in SiLU(v) = sigmoid(v) v after the convolution, at `mixer.hook_ssm_input`
 
 The gradient of a stopped activation goes from `mixer.hook_ssm_input` to what the convolution read
-(`mixer.hook_conv_in`) past `mixer.hook_conv`, whose own gradient lacks it.
+(`mixer.hook_conv_in`) past `mixer.hook_conv`, whose own gradient lacks it. Where another function replaced a value of
+either place, so that one is not the activation of the other, it keeps the gradient of the replacement.
 
 Source: Jafari, Montavon, Müller and Eberle 2024 (MambaLRP, arXiv 2406.07592), who hold still exp(delta A), delta B, C,
 the activation and the scale, and at the gate halve the product's two gradients instead of stopping one of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from lens_core import edits
 from lens_core._arguments import checks_arguments
@@ -34,7 +37,7 @@ from lens_core.errors import ArgumentError
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-__all__ = ["FROZEN_PARTS", "FrozenPart", "frozen_share", "stop_gradients"]
+__all__ = ["FROZEN_PARTS", "FrozenPart", "activated", "activation_of", "frozen_share", "stop_gradients"]
 
 FrozenPart: TypeAlias = Literal["decay", "delta", "B", "C", "gate", "scale", "activation"]
 FROZEN_PARTS: tuple[FrozenPart, ...] = get_args(FrozenPart)
@@ -83,7 +86,7 @@ def stop_gradients(
             stopped += [name for name in scales if name in model.table]
         entries += [(name, edits.detach()) for name in stopped]
         if "activation" in parts:
-            entries += _linear_activation(mixer)
+            entries += _linear_activation(mixer, activation_of(model))
     if "scale" in parts:
         entries.append(("ln_final.hook_scale", edits.detach()))
     return entries
@@ -103,7 +106,25 @@ def frozen_share(after: Tensor, before: Tensor) -> Tensor:
     return torch.where(before == 0, 0.0, after / torch.where(before == 0, 1.0, before))
 
 
-def _linear_activation(mixer: str) -> list[Entry]:
+def activation_of(model: "LensModel") -> Callable[[Tensor], Tensor]:
+    """Give the activation function after a mixer's convolution, by HF's name of it."""
+    known: Any = ACT2FN
+    return known[model.cfg.act_fn]
+
+
+def activated(after: Tensor, before: Tensor, act: Callable[[Tensor], Tensor]) -> Bool[Tensor, "..."]:
+    """Say where a value is the activation of another, or zeroed after it: elsewhere something took its place.
+
+    Example:
+        >>> v = torch.tensor([0.0, 2.0, 3.0])
+        >>> activated(torch.tensor([0.0, 0.0, 7.0]), v, torch.nn.functional.silu)
+        tensor([ True,  True, False])
+    """
+    own, eps = act(before.detach()).to(after.dtype), torch.finfo(after.dtype).eps
+    return (after == 0) | torch.isclose(after.detach(), own, rtol=8 * eps, atol=8 * eps)
+
+
+def _linear_activation(mixer: str, act: Callable[[Tensor], Tensor]) -> list[Entry]:
     """Let the gradient pass from x = SiLU(v) to v as through a multiplication by the sigmoid(v) of the run."""
     kept: dict[str, Tensor] = {}
 
@@ -111,9 +132,10 @@ def _linear_activation(mixer: str) -> list[Entry]:
         kept["conv"] = tensor
 
     def linear(x: Tensor, hook: Any) -> Tensor | None:
+        conv = kept.pop("conv")
         if not x.requires_grad:
             return None
-        v = kept.pop("conv")[..., : x[0, 0].numel()].reshape(x.shape)
-        return with_gradient_of(frozen_share(x, v) * v, x)
+        v = conv[..., : x[0, 0].numel()].reshape(x.shape)
+        return with_gradient_of(torch.where(activated(x, v, act), frozen_share(x, v) * v, x), x)
 
     return [(f"{mixer}conv", keep), (f"{mixer}ssm_input", linear)]

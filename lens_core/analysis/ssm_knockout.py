@@ -50,8 +50,10 @@ def knockout(
 
     The entries are for `run_with_hooks`, `hooks` and `generate`. While decoding, what was written in the prompt stays
     knocked out. An "attention" knockout uses that run's own values, those of knockouts in earlier layers and of other
-    edits included (of step sizes, decays, inputs, B and C that come before it in the list of hooks); it must see the
-    sequence from its beginning, and beam search, which swaps rows, is not for it.
+    edits included: of step sizes, decays, inputs, B and C that come before it in the list of hooks. It does not see
+    edits of what is written or of the state: where a `"write"` knockout or a patched state of the same layer has taken
+    a source's part away, it takes that part away again. It must see the sequence from its beginning, one sequence at a
+    time, and beam search, which swaps rows, is not for it.
 
     Args:
         model: The model.

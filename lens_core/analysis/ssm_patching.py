@@ -18,6 +18,8 @@ from torch import Tensor
 from lens_core import edits
 from lens_core._arguments import checks_arguments
 from lens_core._decomposition import sliced
+from lens_core._positions import Positions, local_positions, read_positions
+from lens_core._state import State
 from lens_core.analysis.ssm_knockout import Entry
 from lens_core.analysis.ssm_scan import read_layers
 from lens_core.errors import ArgumentError, CacheError
@@ -126,11 +128,13 @@ def sweep_states(
         source: A cache of the other run that holds `ssm_state` of these layers.
         metric: From the logits `[batch, pos, d_vocab]` to one number for each row `[batch]`.
         layers: Layers to patch; None for all that have an SSM mixer.
-        positions: Positions to patch, absolute or negative from the end; None for all.
-        **kwargs: As in `forward`.
+        positions: Positions to patch, absolute (a state's count) or negative from the end; None for all of this input.
+        **kwargs: As in `forward`, but for what changes what it returns. To go on from earlier positions give a state
+            as `past_key_values`: a cache of HF's own would be extended by every cell.
 
     Raises:
-        ArgumentError: No such layer or position; a metric that does not give one number for each row.
+        ArgumentError: No such layer or position; a metric that does not give one number for each row; an argument that
+            changes what `forward` returns, or an HF cache.
         CacheError: The source does not hold a layer's states.
 
     Example:
@@ -147,9 +151,14 @@ def sweep_states(
         True
     """
     chosen = read_layers(model.table, layers)
-    logits = model(input, **kwargs)
-    at = sliced(torch.arange(logits.shape[1]), 0, positions).reshape(-1)
-    columns = [int(position) for position in at]
+    _check_call(kwargs)
+    reached: list[int] = []
+
+    def note(delta: Tensor, hook: Any) -> None:
+        reached.extend(hook.positions.tolist())
+
+    logits = model.run_with_hooks(input, fwd_hooks=[(f"blocks.{chosen[0]}.mixer.hook_delta", note)], **kwargs)
+    columns = _columns(read_positions(positions), reached)
     baseline = _measured(metric, logits)
     rows = [
         torch.stack(
@@ -164,6 +173,31 @@ def sweep_states(
         for layer in chosen
     ]
     return StatePatching(values=torch.stack(rows), baseline=baseline, layers=tuple(chosen), positions=tuple(columns))
+
+
+def _check_call(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what makes a call give something else than logits, or makes one cell change the next."""
+    given = sorted(kwargs.keys() & {"return_type", "return_state", "loss_per_token", "stop_at_layer", "labels"})
+    if given:
+        raise ArgumentError(f"a sweep hands the logits to the metric; leave out {', '.join(given)}")
+    past = kwargs.get("past_key_values")
+    if past is not None and not isinstance(past, State):
+        raise ArgumentError(
+            f"every cell would extend this {type(past).__name__}; give a state (return_state=True) as past_key_values"
+        )
+
+
+def _columns(positions: Positions, reached: list[int]) -> list[int]:
+    """Give absolute positions of this call."""
+    first, total = reached[0], reached[-1] + 1
+    listed = [positions] if isinstance(positions, int) else positions if isinstance(positions, tuple) else []
+    outside = [at for at in listed if not (first <= at < total or -len(reached) <= at < 0)]
+    columns = [first + at for at in local_positions(positions, first=first, total=total)]
+    if outside or not columns:
+        raise ArgumentError(
+            f"the input has positions {first} to {total - 1}; got {outside[0] if outside else positions!r}"
+        )
+    return columns
 
 
 def _measured(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Float[Tensor, " batch"]:

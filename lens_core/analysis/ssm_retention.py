@@ -56,7 +56,7 @@ def retention(cache: "ActivationCache", layer: int, source: int, target: Any = N
         >>> kept.shape == (1, model.cfg.d_inner, model.cfg.d_state)
         True
     """
-    scan = read_scan(cache, layer)
+    scan, heads = read_scan(cache, layer), read_positions(heads)
     kept = scan_retention(scan if heads is None else scan.heads(heads), source, target)
     kept = _per_head(kept, is_scalar=_is_scalar(cache, layer), drops_heads=isinstance(heads, int))
     return kept if cache.has_batch_dim else kept[0]

@@ -12,8 +12,9 @@ heads (Mamba-1: one group).
 Everything is read by the names of the hook contract, so any architecture that declares them is served.
 """
 
+import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 import attrs
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lens_core._arguments import checks_arguments
 from lens_core._decomposition import read_values, sliced
+from lens_core._positions import read_positions
 from lens_core.errors import ArgumentError, CacheError
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ class Scan:
 
     def heads(self, chosen: Any) -> "Scan":
         """Give the scan of some heads: an int, a slice (then tensors are views) or ints; the axis stays."""
-        chosen = [chosen] if isinstance(chosen, int) else chosen
+        chosen = read_positions(chosen)
+        chosen = (chosen,) if isinstance(chosen, int) else chosen
 
         def pick(tensor: Tensor | None, axis: int) -> Any:
             return None if tensor is None else sliced(tensor, axis, chosen)
@@ -146,10 +149,18 @@ def segment_sum(values: Float[Tensor, "*batch pos"]) -> Float[Tensor, "*batch ta
 
 
 def log_decay(scan: Scan) -> Float[Tensor, "batch pos head state"]:
-    """Give `delta A`, or the logarithm of the decays that were cached (-inf where they are 0)."""
-    if scan.decay is not None:
-        return scan.decay.abs().log()
-    return scan.delta[..., None] * cast("Tensor", scan.A)
+    """Give `delta A`; where decays were cached that differ from its exponential, their logarithm (-inf where 0).
+
+    The logarithm of a decay near 0 or 1 has lost its digits, so it serves only where decays were edited.
+    """
+    if scan.A is None:
+        return cast("Tensor", scan.decay).abs().log()
+    rates = scan.delta[..., None] * scan.A
+    if scan.decay is None:
+        return rates
+    limits = torch.finfo(rates.dtype)
+    own = torch.isclose(scan.decay, rates.exp(), rtol=64 * limits.eps, atol=limits.tiny)
+    return torch.where(own, rates, scan.decay.abs().log())
 
 
 def mixer_layers(table: Any) -> list[int]:
@@ -173,10 +184,17 @@ def read_layers(table: Any, layers: Any) -> list[int]:
     found = mixer_layers(table)
     if layers is None:
         return found
-    listed = [layers] if isinstance(layers, int) else list(layers)
+    if isinstance(layers, bool | str | slice):
+        raise ArgumentError(f"a layer is an int from 0 to {table.n_layers - 1}, or several are; got {layers!r}")
+    listed: list[Any] = [operator.index(layers)] if isinstance(layers, SupportsIndex) else list(layers)
+    if not listed:
+        raise ArgumentError(f"no layer is named; blocks {found} have a mixer")
     resolved: list[int] = []
     for layer in listed:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not -table.n_layers <= layer < table.n_layers:
+        if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+            raise ArgumentError(f"a layer is an int from 0 to {table.n_layers - 1}; got {layer!r}")
+        layer = operator.index(layer)  # noqa: PLW2901 - numpy's ints too
+        if not -table.n_layers <= layer < table.n_layers:
             raise ArgumentError(f"a layer is an int from 0 to {table.n_layers - 1}; got {layer!r}")
         if layer % table.n_layers not in found:
             raise ArgumentError(f"block {layer} has no SSM mixer; blocks {found} have")
@@ -199,7 +217,8 @@ def read_scan(cache: "ActivationCache", layer: int) -> Scan:
         A scan in at least float32, with a batch axis, whose tensors may share storage with the cache.
 
     Raises:
-        CacheError: A value that it needs was not cached; or A is needed and the cache has no model.
+        CacheError: A value that it needs was not cached, or positions in between were not; or A is needed and the cache
+            has no model.
         ArgumentError: No such layer, or one without an SSM mixer.
 
     Example:
@@ -216,13 +235,19 @@ def read_scan(cache: "ActivationCache", layer: int) -> Scan:
     (layer,) = read_layers(cache.table, layer)
     prefix = f"blocks.{layer}.mixer.hook_"
     read_values(cache, [prefix + name for name in ("delta", "B", "C")])
+    if cache.has_gaps:
+        raise CacheError(
+            "this cache leaves out positions between those that it has, and states pass through all of them"
+        )
     if cache.model is None and prefix + "decay" not in cache:
         raise CacheError(f"this cache has no model to take A from: load it with one, or cache '{prefix}decay' too")
     names = [name for name in (*SCAN_INPUTS, "y", "ssm_output") if prefix + name in cache]
     values = {name: cache[prefix + name] if cache.has_batch_dim else cache[prefix + name][None] for name in names}
     if cache.model is None:
         return scan_of(values)
-    return scan_of(values, A=cache.model.weight("A", layer).detach(), D=cache.model.weight("D", layer).detach())
+    on_graph = any(value.requires_grad for value in values.values())  # then A and D have gradients, too
+    A, D = (cache.model.weight(name, layer) for name in "AD")
+    return scan_of(values, A=A if on_graph else A.detach(), D=D if on_graph else D.detach())
 
 
 def scan_of(values: Mapping[str, Tensor], *, A: Tensor | None = None, D: Tensor | None = None) -> Scan:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lens_core._arguments import checks_arguments
 from lens_core._decomposition import model_of, norm_at, read_values
+from lens_core._positions import read_positions
 from lens_core.analysis.ssm_attention import scan_attention
-from lens_core.analysis.ssm_gradients import frozen_share
+from lens_core.analysis.ssm_gradients import activation_of, frozen_share
 from lens_core.analysis.ssm_scan import mixer_layers, read_layers, read_scan
 from lens_core.errors import ArgumentError
 
@@ -45,14 +46,15 @@ class MixerTokens:
         values: What each token adds, `[batch, source, d_model]`; projected, `[batch, source]`. Zero after the target.
         constant: What no token brings: the biases of the convolution (through scan and gate) and of the output
             projection. `[batch, d_model]`; projected, `[batch]`.
-        error: The largest difference between their sum and what the output projection read in the run
-            (`mixer.hook_gated`), as a share of the largest value there; None where that was not cached. About 1e-6 in
-            float32; large where something inside was edited, or where the cache lacks earlier positions.
+        error: The largest difference between what the formula gives and what the run had, as a share of the largest
+            value there: at the convolution's output, at the scan's input, and at what the output projection read
+            (`mixer.hook_gated`, if it was cached). About 1e-6 in float32; large where something inside was edited, so
+            that it is not what these tokens brought, or where the cache lacks earlier positions.
     """
 
     values: Tensor = attrs.field(repr=False)
     constant: Tensor = attrs.field(repr=False)
-    error: float | None
+    error: float
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -66,7 +68,9 @@ class TokenAttribution:
             attention and MLPs added.
         bias: What no part of the stream adds: the final norm's bias, and `b_U`.
         layers: Rows of `values`.
-        error: The largest `MixerTokens.error` of the layers.
+        error: The largest `MixerTokens.error` of the layers; or, if that is larger, how far their terms are from what
+            the stream that entered the final norm gives (where it was cached), as a share of the largest term: an edit
+            of `hook_mixer_out` or of the residual stream is in no term.
     """
 
     values: Float[Tensor, "layer batch source"] = attrs.field(repr=False)
@@ -74,7 +78,7 @@ class TokenAttribution:
     other: Float[Tensor, " batch"] = attrs.field(repr=False)
     bias: Float[Tensor, "*batch"] = attrs.field(repr=False)
     layers: tuple[int, ...]
-    error: float | None
+    error: float
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
@@ -114,9 +118,7 @@ def mixer_tokens(
     (layer,) = read_layers(cache.table, layer)
     model = model_of(cache)
     scan = read_scan(cache, layer)
-    if not -scan.n_pos <= target < scan.n_pos:
-        raise ArgumentError(f"the target {target} is outside of {scan.n_pos} positions")
-    target %= scan.n_pos
+    target = _one_target(target, scan.n_pos)
     dtype, device = scan.delta.dtype, scan.delta.device
 
     def weight(name: str) -> Tensor:
@@ -136,7 +138,17 @@ def mixer_tokens(
     gate = _gate(cache, layer, target, width).to(device, dtype)
     hidden = coefficients * u[..., :width] * gate[:, None]
     constant = shared.sum(1) * weight("b_conv")[:width] * gate
-    error = _error(cache, layer, target, hidden.sum(1) + constant)
+    act = activation_of(model)
+    convolved = F.conv1d(
+        F.pad(u[..., :width].mT, (reach, 0)), kernel[:, None], weight("b_conv")[:width], groups=width
+    ).mT
+    read = torch.where(x == 0, x, act(v[..., :width]))  # zero is padding
+    upto = slice(0, target + 1)
+    error = max(
+        _off(convolved[:, upto], v[:, upto, :width]),
+        _off(read[:, upto], x[:, upto]),
+        _gated_off(cache, layer, target, hidden.sum(1) + constant),
+    )
     out, bias = weight("W_out_proj"), weight("b_out_proj")
     if project_output_onto is None:
         values, constant = hidden @ out, constant @ out + bias
@@ -167,7 +179,7 @@ def token_attribution(
         target: Position along the cached axis; negative counts from the end.
 
     Returns:
-        Terms that sum to the logit (difference), before a soft cap or logit scale. A cache without a batch axis gives
+        Terms that sum to the logit (difference), before a soft cap. A cache without a batch axis gives
         a batch of one.
 
     Raises:
@@ -190,6 +202,7 @@ def token_attribution(
         True
     """
     layers = mixer_layers(cache.table)
+    target = _one_target(target, read_scan(cache, layers[0]).n_pos)
     parts, labels = cache.decompose_resid(pos_slice=target, return_labels=True)
     attributed, bias = cache.logit_attrs(parts, tokens, incorrect_tokens, pos_slice=target, return_bias=True)
     others = [at for at, label in enumerate(labels) if label not in {f"{layer}_mixer_out" for layer in layers}]
@@ -200,15 +213,26 @@ def token_attribution(
     onto = onto / _rows(cache, f"{name}.hook_scale")[:, target]
     found = [mixer_tokens(cache, layer, target, project_output_onto=onto) for layer in layers]
     values, constants = (torch.stack([getattr(one, part) for one in found]) for part in ("values", "constant"))
-    errors = [one.error for one in found if one.error is not None]
+    values = values if cache.has_batch_dim else values[:, None]
+    constants = constants if cache.has_batch_dim else constants[:, None]
+    other = attributed[others].sum(0).reshape(-1)
+    errors = [one.error for one in found]
+    stream = f"blocks.{cache.table.n_layers - 1}.hook_resid_post"
+    if stream in cache:
+        whole = (_rows(cache, stream)[:, target] * onto).sum(-1)
+        sizes = torch.cat([values.abs().flatten(), constants.abs().flatten(), other.abs()])
+        errors.append(float((values.sum((0, 2)) + constants.sum(0) + other - whole).abs().max() / sizes.max()))
     return TokenAttribution(
-        values=values if cache.has_batch_dim else values[:, None],
-        constant=constants if cache.has_batch_dim else constants[:, None],
-        other=attributed[others].sum(0).reshape(-1),
-        bias=bias,
-        layers=tuple(layers),
-        error=max(errors) if errors else None,
+        values=values, constant=constants, other=other, bias=bias, layers=tuple(layers), error=max(errors)
     )
+
+
+def _one_target(target: Any, n_pos: int) -> int:
+    """Resolve a position along the cached axis."""
+    chosen = read_positions(target)
+    if not isinstance(chosen, int) or not -n_pos <= chosen < n_pos:
+        raise ArgumentError(f"the target is one of {n_pos} positions, an int; got {target!r}")
+    return chosen % n_pos
 
 
 def _rows(cache: "ActivationCache", name: str) -> Tensor:
@@ -229,18 +253,21 @@ def _gate(cache: "ActivationCache", layer: int, target: int, width: int) -> Floa
     return gate / scale.repeat_interleave(width // scale.shape[-1], dim=-1) * gain
 
 
-def _error(cache: "ActivationCache", layer: int, target: int, hidden: Tensor) -> float | None:
-    """Compare with what the output projection read in the run."""
+def _gated_off(cache: "ActivationCache", layer: int, target: int, hidden: Tensor) -> float:
+    """Compare with what the output projection read in the run, if that is known."""
     name = f"blocks.{layer}.mixer.hook_gated"
-    if name not in cache:
-        return None
-    own = _rows(cache, name)[:, target].to(hidden)
-    off, largest = float((hidden - own).abs().max()), float(own.abs().max())
+    return _off(hidden, _rows(cache, name)[:, target].to(hidden)) if name in cache else 0.0
+
+
+def _off(found: Tensor, own: Tensor) -> float:
+    """Give the largest difference as a share of the largest value of the run."""
+    off, largest = float((found - own).abs().max()), float(own.abs().max())
     return off / largest if largest else (0.0 if off == 0.0 else math.inf)
 
 
 def _directions(given: Tensor, d_model: int, batch: int) -> Float[Tensor, "batch d_model"]:
     """Give one direction for each row."""
-    if given.shape not in ((d_model,), (batch, d_model)):
-        raise ArgumentError(f"a direction is [{d_model}] or [{batch}, {d_model}]; got {list(given.shape)}")
+    got: Any = list(given.shape) if isinstance(given, Tensor) else repr(given)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if got not in ([d_model], [batch, d_model]):
+        raise ArgumentError(f"a direction is [{d_model}] or [{batch}, {d_model}]; got {got}")
     return given.expand(batch, d_model)

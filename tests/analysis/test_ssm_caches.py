@@ -1,5 +1,7 @@
 """Effective attention, retention and the residual stream of SSM caches, against the golden forward and plain sums."""
 
+import math
+
 import pytest
 import torch
 from analysis.ssm_subject import LAYERS, TOKENS, Subject, attention_of
@@ -9,6 +11,8 @@ from golden.tiny_ssm import KINDS, tiny_ssm
 
 import lens_core as lens
 from lens_core.analysis import ssm_retention
+from lens_core.analysis.ssm_retention import half_life, retention, scan_half_life
+from lens_core.analysis.ssm_scan import Scan
 from lens_core.errors import ArgumentError, CacheError
 
 
@@ -269,3 +273,52 @@ def test_the_accumulated_stream_ends_in_the_logits(subject, run):
     torch.testing.assert_close(stream[-1] @ subject.model.W_U.detach(), subject.logits.detach())
     raw = cache.accumulated_resid()
     torch.testing.assert_close(raw[1], subject.values["blocks.1.hook_resid_pre"].detach())
+
+
+def test_half_lives_do_not_depend_on_what_was_cached(subject):
+    """The logarithm of a decay that was rounded to 0 or 1 is not what the run had; edited decays count."""
+    names = ["delta", "B", "C"]
+    with true_float64():
+        plain = half_life(subject.run(names_filter=names)[1], 0)
+        cached = half_life(subject.run(names_filter=[*names, "decay"])[1], 0)
+        with subject.model.hooks(fwd_hooks=[("blocks.0.mixer.hook_decay", lambda decay, hook: decay**2)]):
+            edited = half_life(subject.run(names_filter=[*names, "decay"])[1], 0)
+    torch.testing.assert_close(plain, cached, rtol=1e-12, atol=0)
+    torch.testing.assert_close(edited, plain / 2, rtol=1e-12, atol=0)
+    steps = torch.full((1, 1000, 1), 0.01)
+    steps[0, 5] = 200.0  # exp(-200) is 0 in float32
+    scan = Scan(
+        delta=steps, B=steps[..., None], C=steps[..., None], A=-torch.ones(1, 1), decay=(-steps).exp()[..., None]
+    )
+    assert scan_half_life(scan).item() == pytest.approx(math.log(2) / steps.mean().item(), rel=1e-4)
+
+
+def test_positions_left_out_are_an_error(subject):
+    """States pass through every position, so a cache of some of them says nothing of what is kept in between."""
+    for cache in (subject.run(pos_slice=[0, 3, 7])[1], subject.run()[1].slice_pos([0, 3, 7])):
+        with pytest.raises(CacheError, match="leaves out positions"):
+            retention(cache, 0, source=0)
+        with pytest.raises(CacheError, match="leaves out positions"):
+            cache.effective_attention(0)
+    assert retention(subject.run(pos_slice=slice(3, 7))[1], 0, source=0).shape[1] == 4
+
+
+def test_heads_may_be_tensors_without_axes(subject):
+    """What `argmax` gives is an int."""
+    _, cache = subject.run()
+    for head in (torch.tensor(3), torch.tensor(3).numpy()[()]):
+        assert torch.equal(retention(cache, 0, 1, heads=head), retention(cache, 0, 1, heads=3))
+        found = cache.effective_attention(0, heads=head)
+        assert found.axes == cache.effective_attention(0, heads=3).axes
+        assert torch.equal(found.values, cache.effective_attention(0, heads=3).values)
+
+
+def test_gradients_reach_decay_rates_and_skip(subject):
+    """On a cache that stays on the graph, A and D are parts of the effective attention."""
+    with true_float64(), subject.model.caching(["delta", "B", "C", "ssm_input"], detach=False) as cache:
+        subject.model(TOKENS)
+        cache.effective_attention(0, target=-1, skip=True).values.square().sum().backward()
+    mixer = subject.hf.backbone.layers[0].mixer
+    assert mixer.A_log.grad.abs().max() > 0
+    assert mixer.D.grad.abs().max() > 0
+    subject.hf.zero_grad()

@@ -134,3 +134,21 @@ def test_mistakes_are_named(subject):
         stop_gradients(subject.model, ["A"])
     with pytest.raises(ArgumentError, match="parts are some of"):
         stop_gradients(subject.model, "gate")
+
+
+@pytest.mark.parametrize("place", ["conv", "ssm_input"])
+@pytest.mark.parametrize("is_stop_first", [True, False])
+def test_a_stopped_activation_invents_no_gradient(subject, place, is_stop_first):
+    """Where a constant was patched in, at the convolution or after the activation, nothing flows to what it read."""
+    name = f"blocks.0.mixer.hook_{place}"
+    width = subject.values[name].shape[2:]
+    constant = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    patch = [(name, lambda tensor, hook: constant.expand_as(tensor), list(range(8)))]
+    stop = stop_gradients(subject.model, ["activation", "B", "C", "delta"], layers=0)
+    with true_float64(), subject.model.hooks(fwd_hooks=stop + patch if is_stop_first else patch + stop):
+        with subject.model.caching("blocks.0.mixer.hook_conv_in", incl_bwd=True) as cache:
+            subject.model(TOKENS)[:, -1, 7].sum().backward()
+    subject.hf.zero_grad()
+    flowing = cache.grad["blocks.0.mixer.hook_conv_in"]
+    flowing = flowing[..., : subject.values["blocks.0.mixer.hook_ssm_input"][0, 0].numel()]  # B and C have their own
+    assert not flowing.any()

@@ -5,6 +5,7 @@ import torch
 from analysis.ssm_subject import TOKENS, Subject
 from golden.float64 import true_float64
 from golden.tiny_ssm import KINDS
+from transformers import DynamicCache
 
 from lens_core.analysis.ssm_patching import patch_state, sweep_states
 from lens_core.errors import ArgumentError, CacheError
@@ -108,5 +109,38 @@ def test_mistakes_are_named(subject, source, other):
         patch_state(model, other[STATE.format(0)], 2)
     with pytest.raises(ArgumentError, match=r"each of the 2 rows; got \[\]"):
         sweep_states(model, TOKENS, source, lambda logits: logits.sum())
-    with pytest.raises(ArgumentError, match="9 is outside an axis of length 8"):
+    with pytest.raises(ArgumentError, match="has positions 0 to 7; got 9"):
         sweep_states(model, TOKENS, source, lambda logits: logits[:, -1, 0], positions=9)
+
+
+def test_a_sweep_goes_on_from_a_state(subject, source):
+    """Columns are positions of the whole sequence; each cell is the patched run that goes on from the state."""
+    model, entries = subject.model, [patch_state(subject.model, source, 7, layers=layer) for layer in (0, 1)]
+
+    def metric(logits):
+        return logits[:, -1, 3] - logits[:, -1, 5]
+
+    with true_float64(), torch.no_grad():
+        _, state = model(TOKENS[:, :7], return_state=True)
+        table = sweep_states(model, TOKENS[:, 7:], source, metric, layers=[0, 1], past_key_values=state)
+        cells = [
+            metric(model.run_with_hooks(TOKENS[:, 7:], fwd_hooks=one, past_key_values=state.fork())) for one in entries
+        ]
+    assert table.positions == (7,)
+    close(table.values[:, 0], torch.stack(cells))
+    assert table.effect.abs().min() > 0
+
+
+def test_what_a_sweep_cannot_hand_to_the_metric_is_refused(subject, source):
+    """Outputs that are not logits, and a cache that every cell would extend."""
+
+    def metric(logits):
+        return logits[:, -1, 0]
+
+    for option in ({"return_state": True}, {"return_type": "loss"}):
+        with pytest.raises(ArgumentError, match="hands the logits to the metric"):
+            sweep_states(subject.model, TOKENS, source, metric, **option)
+    with pytest.raises(ArgumentError, match="would extend this DynamicCache"):
+        sweep_states(subject.model, TOKENS, source, metric, past_key_values=DynamicCache(config=subject.hf.config))
+    with pytest.raises(ArgumentError, match="no layer is named"):
+        sweep_states(subject.model, TOKENS, source, metric, layers=[])

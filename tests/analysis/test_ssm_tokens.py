@@ -151,6 +151,16 @@ def test_an_edit_inside_shows_in_the_error(subject):
     assert mixer_tokens(cache, 0, -1).error < 1e-5
 
 
+@pytest.mark.parametrize("name", ["mixer.hook_conv", "mixer.hook_ssm_input", "hook_mixer_out", "hook_resid_pre"])
+def test_no_edit_passes_for_what_tokens_brought(subject, name):
+    """Inside the mixer it shows in the mixer's error, on the stream in that of the logit's."""
+    with subject.model.hooks(fwd_hooks=[(f"blocks.1.{name}", lambda value, hook: value.flip(-1) + 0.5)]):
+        _, cache = subject.run()
+    assert token_attribution(cache, 7).error > 1e-2
+    if ".mixer." in f".{name}":
+        assert mixer_tokens(cache, 1, -1).error > 1e-2
+
+
 def test_a_logit_difference_is_attributed_to_layers_and_tokens(subject, run):
     """Everything sums to the golden forward's difference; each part is the projection of the mixer's."""
     with true_float64():
@@ -193,7 +203,7 @@ def test_a_cache_without_a_batch_axis(subject):
 
 def test_mistakes_are_named(subject, run):
     """What cannot be asked."""
-    with pytest.raises(ArgumentError, match="8 is outside of 8 positions"):
+    with pytest.raises(ArgumentError, match="one of 8 positions, an int; got 8"):
         mixer_tokens(run[1], 0, 8)
     with pytest.raises(ArgumentError, match=r"a direction is .*; got \[5\]"):
         mixer_tokens(run[1], 0, 1, project_output_onto=torch.zeros(5))

@@ -12,7 +12,7 @@ from golden.tiny_ssm import tiny_ssm
 from transformers import DynamicCache, StaticCache
 
 import lens_core as lens
-from lens_core.errors import ArgumentError, ContextLengthError, LensError, StateError
+from lens_core.errors import ArgumentError, ContextLengthError, InputError, LensError, StateError
 
 BUILDERS = {
     "gpt2": ("lens_gpt2", tiny_gpt2),
@@ -318,7 +318,7 @@ def test_texts_go_on_without_bos_and_padded_on_the_right(kind):
     _, state = model(["w3 w1 w4", "w9"], prepend_bos=False, return_state=True)
     assert state.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     if kind not in SKIPS_GAPS:
-        with pytest.raises(StateError, match="row 0 has padding at position 4"):
+        with pytest.raises((StateError, InputError), match=r"row 0 has padding at position 4|padding on the right"):
             model(["w9", "w7 w2"], past_key_values=state, return_state=True, padding_side="right")
 
 
@@ -512,3 +512,23 @@ def test_mamba_goes_on_one_position_at_a_time():
     ):
         with pytest.raises(LensError, match="one position at a time"):
             call()
+
+
+def test_copies_of_a_state_go_on_like_it(kind):
+    """`copy.deepcopy` gives a state that knows its length, also where its cache does not count."""
+    model, _ = both(kind)
+    tokens = random_tokens(1, 6)
+    _, state = model(tokens[:, :4], return_state=True)
+    again = copy.deepcopy(state)
+    expected = model(tokens[:, 4:5], past_key_values=state)
+    assert torch.equal(model(tokens[:, 4:5], past_key_values=again), expected)
+    assert torch.equal(model(tokens[:, 4:5], past_key_values=again.fork()), expected)
+
+
+def test_a_length_that_the_cache_contradicts_is_refused():
+    """A cache of recurrent states does not count, but it knows whether there is anything."""
+    model, _ = both("mamba")
+    _, state = model(random_tokens(1, 4), return_state=True)
+    for length in (-3, 0):
+        with pytest.raises(StateError, match=f"length={length}, and the cache holds something"):
+            lens.State(cache=state.cache, length=length)

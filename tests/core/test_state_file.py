@@ -12,6 +12,7 @@ from golden.tiny_llama import tiny_llama
 from golden.tiny_ssm import tiny_ssm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lens_core as lens
@@ -204,3 +205,20 @@ def test_damaged_bytes_are_refused_or_read_as_they_are(tmp_path_factory, data):
     except StateFileError:
         return
     assert again.length == 3
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "gemma3_text"])
+def test_every_tensor_must_be_there_as_it_was(kind, tmp_path):
+    """One that is missing, cut or of another type is damage, in recurrent states as in keys and values."""
+    model, path = loaded(kind), tmp_path / "state.safetensors"
+    _, state = model(random_tokens(2, 5), return_state=True)
+    model.save_state(state, path)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = load_file(path), file.metadata()
+    for name in [name for name in tensors if name.startswith("layers.1.")]:
+        value = tensors[name]
+        for wrong in (None, value[:, :-1].contiguous(), value.to(torch.bfloat16), value[:0]):
+            rest = {key: tensor for key, tensor in tensors.items() if key != name}
+            save_file(rest if wrong is None else {**rest, name: wrong}, path, metadata=metadata)
+            with pytest.raises(StateFileError, match=f"is damaged: '{name}'"):
+                model.load_state(path)

@@ -19,7 +19,9 @@ LIGHT = {
 }
 STATEFUL = {"llama-dynamic"}  # its rotation hangs on what the model ran before; `test_rotary.py` has it
 HEADED = ("_input", "_input_rep", "attn_in", "hook_q", "hook_k", "hook_v", "_normed", "rot_q", "rot_k", "_rep")
-DROPOUT = {"attention_dropout": 0.2, "resid_pdrop": 0.2, "residual_dropout": 0.2, "hidden_dropout": 0.2}
+DROPOUT = dict.fromkeys(
+    ("attention_dropout", "resid_pdrop", "residual_dropout", "hidden_dropout", "embedding_dropout"), 0.2
+)
 
 
 def sizes(config: Any) -> dict[str, int]:

@@ -61,7 +61,7 @@ def test_an_edit_in_one_decode_step_holds_for_later_steps(subject, wide):
         expected, _ = wide.golden(tokens, edits={name: only_at(name, edit, [3])})
         ours = stepwise(wide, tokens, [(0, 3, []), (3, 4, [(name, edit)]), (4, 5, []), (5, 6, [])])
         assert error(ours, expected) <= TOLERANCE, name
-        ours = stepwise(wide, tokens, [(a, b, [(name, edit, [3])]) for a, b in ((0, 2), (2, 5), (5, 6))])
+        ours = stepwise(wide, tokens, [(a, b, [(name, edit, [3])]) for a, b in subject.calls(0, 2, 5, 6)])
         assert error(ours, expected) <= TOLERANCE, f"{name} by position"
 
 

@@ -84,3 +84,19 @@ def test_half_precision_edits_err_no_more_than_hf(subject, attn, dtype):
         off = float((ours - expected).abs().max())
         wrong |= {} if off <= 4 * theirs else {name: off}
     assert not wrong, f"HF is off by {theirs:.1e}"
+
+
+@pytest.mark.once
+@pytest.mark.sampled
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_edited_scale_is_edited_where_it_was(subject, attn, dtype):
+    """Laws 3 and 8: a norm's scale is shown in the model's dtype; positions that nobody changed keep all its digits."""
+    one, tokens = shared_pair(subject.name, getattr(torch, dtype), attn), random_tokens(2, 6)
+    for name in (name for name in one.edited_names() if name.endswith("hook_scale")):
+        if subject.pos_axis(name) != 1 or one.model.table[name].shape.split()[1] != "pos":
+            continue
+        with torch.no_grad():
+            plain = one.model(tokens)
+            edited = one.model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: x * 2, [4])])
+        assert torch.equal(edited[:, :4], plain[:, :4]), name
+        assert not torch.equal(edited[:, 4:], plain[:, 4:]), name

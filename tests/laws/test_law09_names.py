@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from golden.edits import bend
 from golden.gpt2 import is_starred
 from golden.tiny import random_tokens
 
@@ -189,3 +190,26 @@ def test_hook_dict_is_the_table(subject):
     one.model.reset_hooks()
     one.model(tokens)
     assert seen == ["blocks.1.attn.hook_z"]
+
+
+def test_a_position_outside_of_the_input_is_an_error(subject):
+    """Where nothing continues the call, a function that would never be called is a mistake; elsewhere it may come."""
+    one, tokens = subject(), random_tokens(1, 5)
+    for name in ("blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"):
+        for position in (5, -6, [3, 99]):
+            with pytest.raises(errors.ArgumentError, match=r"is for position (5|-6|99), and the input has 5"):
+                one.model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: None, position)])
+        with torch.no_grad():
+            assert torch.equal(
+                one.model.run_with_hooks(tokens, fwd_hooks=[(name, bend, slice(5, 9))]), one.model(tokens)
+            )
+            one.model.run_with_hooks(tokens, fwd_hooks=[(name, bend, 7)], return_state=True)
+            with one.model.hooks(fwd_hooks=[(name, bend, 6)]):
+                generated = one.model.generate(tokens, 3, do_sample=False, stop_at_eos=False)
+        assert generated.shape[1] == 8
+
+
+def test_a_single_hook_that_is_no_list_says_so(subject):
+    """The list is what was forgotten."""
+    with pytest.raises(errors.ArgumentError, match="fwd_hooks is a list"):
+        subject().model.run_with_hooks(random_tokens(), fwd_hooks=("hook_embed", bend))

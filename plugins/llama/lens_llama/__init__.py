@@ -43,7 +43,11 @@ _TYPES = {
     "phi3": ("Phi-3", ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"), ()),
     "gemma": ("Gemma", (), ()),
     "gemma2": ("Gemma 2", ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"), ()),
-    "gemma3_text": ("Gemma 3", ("query_pre_attn_scalar", "final_logit_softcapping"), ("attn_logit_softcapping",)),
+    "gemma3_text": (
+        "Gemma 3",
+        ("query_pre_attn_scalar", "final_logit_softcapping", "_sliding_window_pattern"),
+        ("attn_logit_softcapping",),
+    ),
     "olmo2": ("OLMo 2", (), ()),
     "granite": (
         "Granite",

@@ -10,6 +10,7 @@ from typing import Any
 
 from lens_core.plugin import (
     LAYER_NORM,
+    RMS_NORM_OFFSET,
     Attention,
     BranchInput,
     Columns,
@@ -57,9 +58,10 @@ def Llama(config: Any) -> Declaration:
         embed_scale=getattr(config, decoder.embedding_factor) if decoder.embedding_factor else 1.0,
         unembed="lm_head",
         norms=_norms(config, decoder),
-        points=(*_before(decoder), *blocks, *_after(config, decoder)),
+        points=(*_before(config, decoder), *blocks, *_after(config, decoder)),
         writers=("hook_attn_out", "hook_mlp_out"),
         branch_factor=getattr(config, decoder.branch_factor) if decoder.branch_factor else 1.0,
+        logit_factor=1.0 / getattr(config, "logits_scaling", 1.0),
         embeddings=("hook_embed",),
         weights=tuple(weights(config, cfg, decoder)),
         has_absolute_positions=True,  # a rotation by a common offset is exact on paper only
@@ -106,17 +108,17 @@ def _norms(config: Any, decoder: Decoder) -> Mapping[str, NormPlace]:
     }
 
 
-def _before(decoder: Decoder) -> Iterator[HookPoint]:
+def _before(config: Any, decoder: Decoder) -> Iterator[HookPoint]:
     yield HookPoint(
         name="hook_tokens", shape="batch pos", dtype="int64", equation="token ids", seam=Tokens(path="model")
     )
     embedding: Seam = Embedding(base="model", path="model.embed_tokens")
-    if decoder.embedding_factor:  # applied between the embedding and the first block
+    if decoder.embedding_factor or getattr(config, "embedding_dropout", 0.0):  # between embedding and first block
         embedding = ModuleInput(path="model.layers.0")
     yield HookPoint(
         name="hook_embed",
         shape=RESIDUAL,
-        equation="W_E[tokens], scale included; blocks.0.hook_resid_pre",
+        equation="W_E[tokens], scale and dropout included; blocks.0.hook_resid_pre",
         seam=embedding,
     )
 
@@ -127,7 +129,8 @@ def _norm(name: str, path: str, decoder: Decoder, layer: int | None) -> Iterator
     if decoder.norm is LAYER_NORM:
         equations = ("sqrt(var(x) + eps)", "(x - mean(x)) / scale", "normalized * gain + bias")
     else:
-        equations = ("sqrt(mean(x^2) + eps)", "x / scale", "normalized * gain")
+        gain = "(1 + gain)" if decoder.norm is RMS_NORM_OFFSET else "gain"
+        equations = ("sqrt(mean(x^2) + eps)", "x / scale", f"normalized * {gain}")
     shapes = ("batch pos 1", RESIDUAL, RESIDUAL)
     parts = zip(
         ("scale", "normalized", "out"), shapes, equations, (scale, normalized, ModuleOutput(path=path)), strict=True
@@ -229,7 +232,7 @@ class _Block:
         projections = self.projections()
         for part, projection in projections.items():
             seam = ModuleOutput(path=projection.path, view=projection.columns)
-            equation = f"ln1 W_{part.upper()} + b_{part.upper()}"
+            equation = f"{'ln1' if self.ln1 else 'resid_pre'} W_{part.upper()} + b_{part.upper()}"
             yield self.point(f"attn.hook_{part}", shapes[part], equation, seam)
         if self.qk_norm is not None:
             for part, heads in (("q", self.heads), ("k", self.kv_heads)):
@@ -252,7 +255,7 @@ class _Block:
     def attention(self) -> Iterator[HookPoint]:
         """Give what attention computes from queries, keys and values."""
         if self.heads != self.kv_heads:
-            equation = "{} as each query head sees them, over all positions so far"
+            equation = "{} as each query head sees them, over all positions so far that the layer's window has"
             keys, values = Attention(path=self.attn, part="k_rep"), Attention(path=self.attn, part="v_rep")
             yield self.point("attn.hook_k_rep", REPEATED, equation.format("keys"), keys, default=False)
             yield self.point("attn.hook_v_rep", REPEATED, equation.format("values"), values, default=False)
@@ -291,7 +294,7 @@ class _Block:
 
     def middle(self) -> Iterator[HookPoint]:
         """Give the stream between the branches, and the MLP's copy of what it reads."""
-        copied = "a copy of {}, before the MLP's norm"
+        copied = "a copy of {}, before the MLP" if self.ln2 is None else "a copy of {}, before the MLP's norm"
         if self.is_parallel:
             seam: Seam = BranchInput(norm=self.ln1 or "", path=self.mlp)
             yield self.point("hook_mlp_in", RESIDUAL, copied.format("resid_pre"), seam, default=False)

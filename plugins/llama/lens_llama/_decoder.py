@@ -89,10 +89,15 @@ def eps(config: Any) -> float:
 
 
 def n_ctx(config: Any) -> int:
-    """Give the most positions: dynamic rotary embeddings stretch beyond what the config says, others have it there."""
+    """Give the most positions that rotary embeddings reach: stretched ones go beyond what the config says.
+
+    Kinds that keep the length before stretching reach a multiple of it, which the config may also have as its own.
+    """
     rope: Any = config.rope_parameters or {}
-    factor = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
-    return int(config.max_position_embeddings * factor)
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(config.max_position_embeddings * rope.get("factor", 1.0))
+    stretched = rope.get("original_max_position_embeddings", 0) * rope.get("factor", 1.0)
+    return max(config.max_position_embeddings, int(stretched))
 
 
 def qk_norm(config: Any) -> QkNorm | None:

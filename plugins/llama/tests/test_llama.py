@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from golden.tiny_llama import VARIANTS, tiny_llama
 from lens_llama import lens_architectures
 from transformers import StaticCache
@@ -132,7 +133,8 @@ def test_heads_and_neurons_sum_to_the_stream(variant):
     normalized = cache.get_full_resid_decomposition(apply_ln=True, pos_slice=-1)
     close(normalized.sum(0), cache["ln_final.hook_normalized"][:, -1])
     attrs, bias = cache.logit_attrs(stack, TOKENS, return_bias=True)
-    close(attrs.sum(0) + bias, cache["unembed.hook_out"].gather(-1, TOKENS[..., None])[..., 0])
+    scaled = cache["unembed.hook_out"] if variant.startswith("gemma") else cache["hook_logits"]  # before the soft cap
+    close(attrs.sum(0) + bias, scaled.gather(-1, TOKENS[..., None])[..., 0])
 
 
 def test_parts_need_the_post_norm(monkeypatch):
@@ -276,3 +278,122 @@ def test_an_expert_can_be_silenced():
         _, after = model.run_with_cache(TOKENS, names_filter=["mlp_out"])
     lost = before["expert_out", 2][:, :, 1] * before["expert_weights", 2][:, :, 1, None]
     close(after["mlp_out", 2], before["mlp_out", 2] - lost)
+
+
+# ---------------------------------------------------------------------- what was wrong once
+
+
+def test_a_copy_for_the_mlp_is_not_the_stream():
+    """Granite's sum is of the stream, also where a function changed the copy that the MLP reads."""
+    model, _ = loaded("granite")
+    edits = [
+        ("blocks.1.hook_mlp_in", lambda x, hook: x * 0),
+        ("blocks.1.hook_mlp_out", lambda x, hook: x + 1),
+    ]
+    with torch.no_grad(), model.hooks(fwd_hooks=edits):
+        _, cache = model.run_with_cache(TOKENS, names_filter=["resid_mid", "mlp_out", "resid_post"])
+    close(cache["resid_post", 1], cache["resid_mid", 1] + cache["mlp_out", 1])
+
+
+def test_dropped_embeddings_are_what_the_first_block_reads():
+    """StarCoder2 drops embeddings between their module and the first block."""
+    model, _ = loaded("starcoder2", embedding_dropout=0.3)
+    model.train()
+    cache = run(model)
+    assert torch.equal(cache["hook_embed"], cache["resid_pre", 0])
+    close(cache.decompose_resid().sum(0), cache["resid_post", -1])
+
+
+def test_spaced_position_ids_are_no_packed_sequences():
+    """Given ids rotate queries and keys; every position attends to all before it, as in HF's own call."""
+    model, reference = loaded("llama")
+    spaced = 2 * torch.arange(7).expand(2, 7)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS, position_ids=spaced), reference(TOKENS, position_ids=spaced).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("expert", [-1, 5, 100])
+def test_an_expert_that_does_not_exist_is_named(implementation, expert):
+    """Whatever HF's implementation would make of it."""
+    model, _ = loaded("mixtral")
+    model.hf_model.set_experts_implementation(implementation)
+
+    def choose(indices, hook):
+        return torch.full_like(indices, expert)
+
+    with pytest.raises(errors.HookValueError, match=f"hook_expert_indices' chose expert {expert}, and there are"):
+        model.run_with_hooks(TOKENS, fwd_hooks=[("blocks.1.mlp.hook_expert_indices", choose)])
+
+
+def test_reading_scores_leaves_gradients_of_padded_rows():
+    """A row that may see nothing is uniform in HF's eager attention, and has a gradient."""
+    model, reference = loaded("llama", attn="eager")
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    reference(TOKENS, attention_mask=mask, position_ids=positions).logits.square().mean().backward()
+    with model.hooks(fwd_hooks=[("attn_scores", lambda scores, hook: None)]), model.caching("attn_scores"):
+        model(TOKENS, attention_mask=mask).square().mean().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_indices_of_logits_are_refused_at_the_end_of_the_model():
+    """HF may keep any positions; the hook points there have all."""
+    model, _ = loaded("llama")
+    with pytest.raises(errors.UnsupportedHookError, match="logits_to_keep as a tensor"):
+        with model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: None)]):
+            model.hf_model(TOKENS, logits_to_keep=torch.tensor([0, 3]))
+    with model.hooks(fwd_hooks=[("resid_post", lambda x, hook: None)]):
+        assert model.hf_model(TOKENS, logits_to_keep=torch.tensor([0, 3])).logits.shape[1] == 2
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_a_cache_of_rows_that_are_not_returned_is_refused(option):
+    """Beams swap rows, and drafts are taken back."""
+    model, _ = loaded("llama")
+    with pytest.raises(errors.ArgumentError, match=next(iter(option))):
+        model.generate(TOKENS[:1], 3, return_cache=True, do_sample=False, **option)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "dynamic", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 5},
+    ],
+)
+def test_stretched_positions_reach_beyond_the_config(rope):
+    """HF runs them; only what is beyond the stretch is refused."""
+    config = transformers.LlamaConfig(
+        vocab_size=29,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=5,
+        rope_parameters={"rope_theta": 100.0, **rope},
+    )
+    model = lens.load(transformers.LlamaForCausalLM(config))
+    with torch.no_grad():
+        assert model(TOKENS).shape[1] == 7
+        with pytest.raises(errors.ContextLengthError, match="context of 15|context holds 15"):
+            model(torch.zeros(1, 16, dtype=torch.long))
+
+
+def test_fields_that_hf_keeps_elsewhere_are_known(recwarn):
+    """Phi's rotated share lives in the rotary parameters, Gemma 3's pattern in the layers' types."""
+    tiny = {
+        "vocab_size": 29,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "pad_token_id": 28,
+    }
+    lens.load(transformers.Phi3ForCausalLM(transformers.Phi3Config(**tiny, partial_rotary_factor=0.5)))
+    assert not [one for one in recwarn if issubclass(one.category, errors.ConfigWarning)]
+    config = transformers.Gemma3TextConfig(**tiny, sliding_window_pattern=2)
+    assert lens.load(transformers.Gemma3ForCausalLM(config)).cfg.n_layers == 2

@@ -108,7 +108,10 @@ def _block(layer: int, cfg: LensConfig, stream: str) -> Iterator[HookPoint]:
     yield from _norm(f"blocks.{layer}.norm", f"{hf}.norm", layer, "model")
     yield from _mixer(point, f"{hf}.mixer", cfg)
     yield point(
-        "hook_mixer_out", RESIDUAL, "gated W_out + b_out, added to the stream", ModuleOutput(path=f"{hf}.mixer")
+        "hook_mixer_out",
+        RESIDUAL,
+        "gated W_out_proj + b_out_proj, added to the stream",
+        ModuleOutput(path=f"{hf}.mixer"),
     )
     yield point("hook_resid_post", RESIDUAL, "resid_pre + mixer_out", ModuleOutput(path=hf), dtype=stream)
 
@@ -122,7 +125,7 @@ def _mixer(point: Callable[..., HookPoint], path: str, cfg: LensConfig) -> Itera
         return point(f"mixer.hook_{part}", shape, equation, seam, **options)
 
     normed = ", each over its root mean square" if is_falcon else ""
-    yield inside("in_proj", f"batch pos {in_width}", "[u | z] = W_in norm.out (+ b_in)")
+    yield inside("in_proj", f"batch pos {in_width}", "[u | z] = W_in_proj norm.out (+ b_in_proj)")
     yield inside("gate", CHANNELS, "z, before SiLU")
     yield inside("conv_in", CHANNELS, "u, what the convolution reads")
     yield inside("conv", CHANNELS, "b_conv + sum_k w_k u_(t-K+1+k), before the activation")
@@ -139,7 +142,7 @@ def _mixer(point: Callable[..., HookPoint], path: str, cfg: LensConfig) -> Itera
     yield inside("ssm_state", CHANNEL_STATES, "h_t = decay_t h_(t-1) + ssm_write_t", dtype="float32", default=False)
     yield inside("y", CHANNELS, "h_t C_t")
     yield inside("ssm_output", CHANNELS, "y + D x", dtype="float32")
-    yield inside("gated", CHANNELS, "ssm_output * SiLU(gate), what W_out multiplies")
+    yield inside("gated", CHANNELS, "ssm_output * SiLU(gate), what W_out_proj multiplies")
 
 
 def _without_gain(module: Any, normalized: Tensor) -> Tensor:

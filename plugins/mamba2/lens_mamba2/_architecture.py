@@ -114,7 +114,10 @@ def _block(layer: int, config: Any, stream: str) -> Iterator[HookPoint]:
     yield from _norm(f"blocks.{layer}.norm", f"{hf}.norm", layer, "model")
     yield from _mixer(point, f"{hf}.mixer", config)
     yield point(
-        "hook_mixer_out", RESIDUAL, "gated W_out + b_out, added to the stream", ModuleOutput(path=f"{hf}.mixer")
+        "hook_mixer_out",
+        RESIDUAL,
+        "gated W_out_proj + b_out_proj, added to the stream",
+        ModuleOutput(path=f"{hf}.mixer"),
     )
     yield point("hook_resid_post", RESIDUAL, "resid_pre + mixer_out", ModuleOutput(path=hf), dtype=stream)
 
@@ -128,7 +131,7 @@ def _mixer(point: Callable[..., HookPoint], path: str, config: Any) -> Iterator[
         return point(f"mixer.{name}", shape, equation, seam, **options)
 
     conv, projected = f"batch pos {inner + 2 * shared}", f"batch pos {2 * inner + 2 * shared + config.num_heads}"
-    yield inside("in_proj", projected, "[z | xBC | dt] = W_in norm.out (+ b_in)")
+    yield inside("in_proj", projected, "[z | xBC | dt] = W_in_proj norm.out (+ b_in_proj)")
     yield inside("gate", "batch pos d_inner", "z, before SiLU")
     yield inside("conv_in", conv, "xBC, what the convolution reads")
     yield inside("conv", conv, "b_conv + sum_k w_k xBC_(t-K+1+k), before the activation")
@@ -144,7 +147,9 @@ def _mixer(point: Callable[..., HookPoint], path: str, config: Any) -> Iterator[
     yield inside("ssm_output", PER_HEAD, "y + D x", dtype="float32")
     norm = "sqrt(mean((ssm_output SiLU(gate))^2) + eps) of each group"
     yield inside("inner_norm", "batch pos n_groups", norm, dtype="float32")
-    yield inside("gated", "batch pos d_inner", "ssm_output SiLU(gate) / inner_norm.scale * gain, what W_out multiplies")
+    yield inside(
+        "gated", "batch pos d_inner", "ssm_output SiLU(gate) / inner_norm.scale * gain, what W_out_proj multiplies"
+    )
 
 
 def _after(stream: str) -> Iterator[HookPoint]:

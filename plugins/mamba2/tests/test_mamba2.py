@@ -192,3 +192,18 @@ def test_every_field_of_hfs_config_is_accounted_for(hf):
     (one,) = lens_architectures()
     fields = set(vars(type(hf.config)())) - set(vars(PreTrainedConfig()))
     assert fields <= {*one.config_handled, *one.config_ignored}
+
+
+@pytest.mark.parametrize(
+    "part", [*("ssm_input", "delta_pre", "delta", "decay"), *("ssm_write", "ssm_state", "y", "ssm_output")]
+)
+def test_ready_made_edits_reach_single_heads(hf, part):
+    """`heads` names a scan's heads."""
+    model, name = lens.load(hf), f"blocks.1.mixer.hook_{part}"
+    with torch.no_grad():
+        _, plain = model.run_with_cache(TOKENS[:, :1], names_filter=name)
+        with model.hooks(fwd_hooks=[(name, lens.edits.scale(0.5, heads=[1, -1]))]):
+            _, edited = model.run_with_cache(TOKENS[:, :1], names_filter=name)
+    changed = (edited[name] != plain[name])[:, 0].flatten(2) if plain[name].ndim > 3 else edited[name] != plain[name]
+    changed = changed.any(-1) if plain[name].ndim > 3 else changed[:, 0]
+    assert changed.any(0).nonzero().flatten().tolist() == [1, 5]

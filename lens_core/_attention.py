@@ -146,10 +146,12 @@ class _TappedCache:
 
 
 def _tap_cache(watch: Watch, call: ModuleCall) -> None:
-    cache = call.kwargs.get("past_key_values")
-    if cache is not None:
-        call.kwargs = {**call.kwargs, "past_key_values": _TappedCache(cache, watch, watch.point.seam.path)}
-        call.input_changed = True
+    """Stand for the cache, whatever HF's attention calls that argument (`past_key_values`, `layer_past`)."""
+    for name, cache in call.kwargs.items():
+        if hasattr(cache, "get_seq_length"):  # a cache of HF's, or one that another run has tapped
+            call.kwargs = {**call.kwargs, name: _TappedCache(cache, watch, watch.point.seam.path)}
+            call.input_changed = True
+            return
 
 
 def _fire_heads(watch: Watch, tensor: Float[Tensor, "batch heads pos d_head"]) -> Tensor:
@@ -210,6 +212,11 @@ class _Handler:
         if "q" in self.watches:
             query = _fire_heads(self.watches["q"], query)
         if "k" in self.watches and not self.run.now.scratch.pop((self.path, "k"), False):
+            if key.shape[2] != self.run.now.n_pos:
+                raise UnsupportedHookError(
+                    f"{type(module).__name__} was given a cache that lens does not recognise, so its new keys cannot "
+                    "be told from the old ones"
+                )
             key = _fire_heads(self.watches["k"], key)
         repeated = self._repeated(module, query, key, value)
         if repeated is None:

@@ -140,7 +140,7 @@ TOYS = {
         about=f"A Mamba of two layers, {2 * WIDTH} channels of {STATES} states each, and width {WIDTH}",
         build=_mamba,
         mixers=lambda model: [layer.mixer.out_proj for layer in model.backbone.layers],
-        steps=1200,
+        steps=5000,
         tokens=1536,
     ),
     "mamba2": Toy(

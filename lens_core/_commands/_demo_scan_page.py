@@ -154,17 +154,20 @@ def _maps(result: ScanResult) -> list[view.Picture | str]:
     return [
         view.heading("Where the scan reads from"),
         "A state-space layer keeps no tokens, only a state that fades and is written to. Yet its output is a sum over "
-        "the tokens so far: y_t = Σ M[t, s] x_s. The effective attention M says how much of what token s wrote is "
+        "the tokens so far: y_t = Σ α[t, s] x_s. The effective attention α says how much of what token s wrote is "
         f"left when token t reads, and how well the reading fits it. {NO_SOFTMAX} Here it gives the scan's output back "
         f"to {result.error:.0e} of its largest value.",
-        f"Each square is one map: row by row, what a token reads of the tokens before it. “mean” is the mean over all "
-        f"{result.per}s of a layer; the others are the {result.per}s of that layer that read most from "
-        f"{place_label(result.offset)} (counted from an earlier occurrence of the current token).",
-        view.attention(
-            result.tokens,
-            result.maps,
-            title="Effective attention: rows do not sum to 1, entries may be negative",
-            highlight=[first] if first in result.maps else [],
+        "Each square is one map: row by row, what a token reads of the tokens before it. Each layer has a scale of its "
+        f"own. “mean” is the mean over all {result.per}s of a layer; the others are those {result.per}s of it that "
+        f"read most from {place_label(result.offset)} (counted from an earlier occurrence of the current token).",
+        *(
+            view.attention(
+                result.tokens,
+                maps,
+                title=f"Effective attention of layer {layer}: rows do not sum to 1, entries may be negative",
+                highlight=[first] if first in maps else [],
+            )
+            for layer, maps in _by_layer(result.maps).items()
         ),
         view.table([*rows, ["all tokens alike", *result.even]], columns, title="Where the maps look"),
         "A share is the part of a row's absolute values that lies at one kind of place, the mean over the rows that "
@@ -172,6 +175,15 @@ def _maps(result: ScanResult) -> list[view.Picture | str]:
         "before the scan, so what is written at one position also tells of the few before it. Rows in which such a "
         f"place is one of the last few tokens are left out. L0 is layer 0, all of its {result.per}s together.",
     ]
+
+
+def _by_layer(maps: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Group maps by the layer that their labels begin with (`L0 mean`, `L0C12`): layers differ in size."""
+    layers: dict[int, dict[str, Any]] = {}
+    for label, values in maps.items():
+        digits = label.removeprefix("L").split(" ")[0].replace("C", "H").split("H")[0]
+        layers.setdefault(int(digits), {})[label] = values
+    return dict(sorted(layers.items()))
 
 
 def _knocked_out(result: ScanResult) -> list[view.Picture | str]:
@@ -187,7 +199,7 @@ def _knocked_out(result: ScanResult) -> list[view.Picture | str]:
     return [
         title,
         f"At each of the {len(run.pairs)} positions before a repeated token, what {place_label(result.offset)} had "
-        "written was taken from what every scan reads there: y_t - Σ M[t, s] x_s over these s. The state, its decay "
+        "written was taken from what every scan reads there: y_t - Σ α[t, s] x_s over these s. The state, its decay "
         "and all other positions stay as they are. The control hides as many other earlier tokens, drawn at random.",
         view.table(rows, ["hidden", "loss (nats)", "change (nats)"]),
         "The text again with these tokens hidden, in the colours of the first picture:",

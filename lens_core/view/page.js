@@ -110,7 +110,7 @@
         token.className = `lens-token ${cells[k] < 0 ? "neg" : "pos"}${k === q ? " query" : ""}`;
       });
       panel.top.replaceChildren();
-      element("p", "lens-muted", panel.top, `${named(q)} attends most to`);
+      element("p", "lens-muted", panel.top, `${named(q)} reads most from`);
       const order = cells.map((_, k) => k).filter((k) => cells[k]).sort((a, b) => Math.abs(cells[b]) - Math.abs(cells[a]));
       for (const k of order.slice(0, 5)) {
         const line = element("div", "", panel.top);

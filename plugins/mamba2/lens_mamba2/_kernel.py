@@ -14,7 +14,7 @@ an edit changes the low bits of its whole layer. Does not: know about fused kern
 HF's names, and asks nothing of it but HF's arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -218,7 +218,7 @@ def scan(
     *,
     D: Tensor,
     dt_bias: Tensor | None,
-    dt_limit: tuple[float, float] = NO_LIMIT,
+    dt_limit: Sequence[float] = NO_LIMIT,  # a list, where the config comes from a file
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
     **options: Any,

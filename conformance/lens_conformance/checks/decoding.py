@@ -1,0 +1,110 @@
+"""Properties 15 to 18 and 21: padding, batch mates, and the split into prompt and continuation do not matter."""
+
+import itertools
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from lens_conformance.case import Case, pad, tokens
+from lens_conformance.checks import check
+from lens_conformance.oracle import true_float64
+from lens_core.plugin import Capability
+
+
+@check(15, "padding changes nothing at real positions", judge="law", needs=Capability.LEFT_PADDING)
+def padding(case: Case) -> None:
+    """Side and amount, for the logits and every value: each row is what it is alone."""
+    family = case.family
+    assume(family.paddings)
+    with true_float64():
+        one = case.pair(torch.float64)
+        lengths = case.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "lengths")
+        texts = [tokens(1, n, seed)[0] for seed, n in enumerate(lengths)]
+        ids, mask = pad(texts, case.choice(family.paddings, "side"), case.draw(st.integers(0, 2), "more padding"))
+        with torch.no_grad():
+            logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), attention_mask=mask)
+            for row, text in enumerate(texts):
+                alone_logits, alone = one.model.run_with_cache(text[None], names_filter=one.names())
+                real = mask[row].nonzero().flatten()
+                case.same("the logits of a padded row", logits[row : row + 1, real], alone_logits)
+                for name in (n for n in one.names() if n != "hook_pos_embed"):
+                    value = cache[name][row : row + 1]
+                    for axis in (family.pos_axis(name), family.key_axis(name)):
+                        value = value if axis is None else value.index_select(axis, real)
+                    case.same(f"{name} of a padded row", value, alone[name])
+
+
+@check(16, "the order of rows does not matter", judge="law")
+def permutation(case: Case) -> None:
+    """Logits and values of a permuted batch are the permuted ones."""
+    with true_float64():
+        one, ids = case.pair(torch.float64), case.tokens(batch=3)
+        order = torch.tensor(case.draw(st.permutations(range(3)), "order"))
+        with torch.no_grad():
+            logits, cache = one.model.run_with_cache(ids, names_filter=one.names())
+            other_logits, other = one.model.run_with_cache(ids[order], names_filter=one.names())
+        case.same("the logits of permuted rows", other_logits, logits[order])
+        for name in one.names():
+            case.same(f"{name} of permuted rows", other[name], cache[name][order])
+
+
+@check(17, "prefill and decode equal the whole, values and edits included", judge="law")
+def split(case: Case) -> None:
+    """Any split into calls, with an edit in every call or with none."""
+    family = case.family
+    with true_float64():
+        one, ids = case.pair(torch.float64), case.tokens(min_pos=3, max_pos=7)
+        n_pos = ids.shape[1]
+        cut = case.draw(st.integers(1, n_pos - 1), "prefill")
+        chunk = case.draw(st.integers(1, n_pos - cut), "chunk") if family.chunks else 1
+        bounds = [0, cut, *range(cut + chunk, n_pos, 1), n_pos] if cut + chunk < n_pos else [0, cut, n_pos]
+        if not family.chunks:
+            bounds = [0, *range(cut, n_pos + 1)]
+        pool = [name for name in one.names() if family.decodes(name)]
+        edited = case.choice([None, *pool], "edited")
+        entries = [] if edited is None else [(edited, family.edit_at(edited, causal=True))]
+        past = DynamicCache(config=one.hf.config)
+        with torch.no_grad(), one.model.hooks(fwd_hooks=entries):
+            logits, whole = one.model.run_with_cache(ids, names_filter=one.names())
+            pieces = []
+            for start, stop in itertools.pairwise(bounds):
+                part, cache = one.model.run_with_cache(
+                    ids[:, start:stop], names_filter=one.names(), past_key_values=past, use_cache=True
+                )
+                pieces.append(part)
+                for name in (n for n in one.names() if family.pos_axis(n) is not None):
+                    expected = whole[name].narrow(family.pos_axis(name), start, stop - start)
+                    key = family.key_axis(name)
+                    expected = expected if key is None else expected.narrow(key, 0, stop)
+                    case.same(f"{name} in the call of {start} to {stop}, edit at {edited}", cache[name], expected)
+        case.same(f"the logits in parts, edit at {edited}", torch.cat(pieces, dim=1), logits)
+
+
+@check(18, "greedy generation is HF's", judge="hf", needs=Capability.GENERATE)
+def generation(case: Case) -> None:
+    """With everything read, padded or not, whatever the prompt's length."""
+    one = case.pair()
+    length = case.draw(st.integers(1, 20), "prompt")
+    ids, mask = tokens(2, length, length), torch.ones(2, length, dtype=torch.long)
+    if "left" in case.family.paddings and case.draw(st.booleans(), "padded"):
+        ids, mask = pad([tokens(1, n, n)[0] for n in (length, max(1, length // 2))], "left")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = one.reference.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=28, **options)
+    with one.model.hooks(fwd_hooks=[(name, lambda x, hook: None) for name in one.names()]):
+        ours = one.model.generate(ids, attention_mask=mask, stop_at_eos=False, return_type="tokens", **options)
+    assert torch.equal(ours, expected), f"generated {ours.tolist()}, HF {expected.tolist()}"
+
+
+@check(21, "stopping and starting at a layer equals the whole", judge="law")
+def layers(case: Case) -> None:
+    """The stream that enters a block, and the logits from there."""
+    one, ids = case.pair(), case.tokens()
+    n_layers = one.model.cfg.n_layers
+    layer = case.draw(st.integers(0, n_layers), "layer")
+    with torch.no_grad():
+        logits, cache = one.model.run_with_cache(ids, names_filter=["resid_pre", "resid_post"])
+        stream = cache["resid_pre", layer] if layer < n_layers else cache["resid_post", -1]
+        case.equal(f"the stream that enters block {layer}", one.model(ids, stop_at_layer=layer), stream)
+        case.equal(f"the logits from block {layer} on", one.model(stream, start_at_layer=layer), logits)

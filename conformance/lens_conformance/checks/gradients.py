@@ -1,0 +1,103 @@
+"""Property 19: gradients at hook points, and parameter gradients where one was stopped, are the golden forward's."""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from lens_conformance.case import Case
+from lens_conformance.checks import check
+from lens_conformance.oracle import Pair, true_float64
+from lens_core.plugin import Capability
+
+BOUND = 1e-8
+"""Of the gradient's own scale, in true float64."""
+
+
+def metric(logits: torch.Tensor) -> torch.Tensor:
+    """Weigh the logits by fixed random numbers, and bend: a scalar whose gradient is nowhere constant."""
+    weight = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return (logits * weight).sum() + (logits.pow(2) * weight.roll(1)).sum() * 0.1
+
+
+@check(
+    19,
+    "gradients at every point, and under a stop there, are the golden forward's",
+    judge="golden",
+    needs=Capability.GRADIENTS,
+)
+def gradients(case: Case) -> None:
+    """One name, plain, edited or detached; parameters too."""
+    family = case.family
+    with true_float64():
+        one, ids = case.pair(torch.float64), case.tokens(max_pos=5)
+        name = case.choice([n for n in one.names() if family.gradient(n)], "name")
+        kind = case.choice(("plain", "edited", "detached"), "kind")
+        edits: dict[str, Any] = {
+            "edited": {name: family.edit_at(name)},
+            "detached": {name: lambda x, hook: x.detach()},
+        }.get(kind, {})
+        expected, parameters = _golden(one, ids, edits, {name} if family.apart(name) else ())
+        got: list[torch.Tensor] = []
+        backward = [] if kind == "detached" else [(name, lambda g, hook: got.append(g.detach().clone()))]
+        one.hf.zero_grad(set_to_none=True)
+        logits = one.model.run_with_hooks(ids, fwd_hooks=list(edits.items()), bwd_hooks=backward)
+        if logits.requires_grad:
+            metric(logits).backward()
+        if kind == "detached":
+            for key, parameter in one.hf.named_parameters():
+                _compare(case, f"the gradient of {key} with {name} detached", parameter.grad, parameters[key])
+        else:
+            ours = torch.cat(got[::-1], dim=1) if family.per_position(name) and got else (got[0] if got else None)
+            assert ours is not None, f"the backward function at {name} was not called"
+            _compare(case, f"the gradient at {name}, {kind}", ours, expected.get(name))
+        one.hf.zero_grad(set_to_none=True)
+
+
+def _golden(one: Pair, ids: torch.Tensor, edits: Any, through: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    state = {key: value.detach().clone().requires_grad_() for key, value in one.reference.state_dict().items()}
+    tied = {id(parameter): key for key, parameter in one.reference.named_parameters()}
+    for key, parameter in one.reference.named_parameters(remove_duplicate=False):
+        state[key] = state[tied[id(parameter)]]
+    assert one.family.golden is not None
+    logits, values = one.family.golden(state, one.config, ids, edits=edits, through=through)
+    if logits.requires_grad:
+        metric(logits).backward()
+    cuts = {name: value.grad for name, value in values.items() if one.family.gradient(name)}
+    return cuts, {key: value.grad for key, value in state.items()}
+
+
+def _compare(case: Case, what: str, ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
+    """Compare relative to the gradient's own size; None of golden's is zeros."""
+    if ours is None and theirs is None:
+        return
+    ours = torch.zeros_like(theirs) if ours is None and theirs is not None else ours
+    assert ours is not None
+    theirs = torch.zeros_like(ours) if theirs is None else theirs
+    assert ours.shape == theirs.shape, f"{what} has shape {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+    off = float((ours - theirs).abs().max()) / max(1e-6, float(theirs.abs().max()))
+    case.worst.note(off, BOUND)
+    assert off <= BOUND, f"{what} is off by {off:.1e} of its size"
+
+
+@check(
+    19,
+    "what reads nothing of the graph gets zeros, and learning goes on",
+    judge="hf",
+    share=0.4,
+    needs=Capability.GRADIENTS,
+)
+def parameter_gradients(case: Case) -> None:
+    """Under backward hooks that only look, parameters have HF's gradients."""
+    with true_float64():
+        one, ids = case.pair(torch.float64), case.tokens()
+        names = [n for n in one.names() if case.family.gradient(n) and not case.family.apart(n)]
+        chosen = case.draw(st.sets(st.sampled_from(names), min_size=1, max_size=4).map(sorted), "names")
+        for model in (one.hf, one.reference):
+            model.zero_grad(set_to_none=True)
+        metric(one.reference(ids).logits).backward()
+        metric(one.model.run_with_hooks(ids, bwd_hooks=[(name, lambda g, hook: None) for name in chosen])).backward()
+        for (key, parameter), theirs in zip(one.hf.named_parameters(), one.reference.parameters(), strict=True):
+            _compare(case, f"the gradient of {key} while gradients at {chosen} are read", parameter.grad, theirs.grad)
+        for model in (one.hf, one.reference):
+            model.zero_grad(set_to_none=True)

@@ -1,0 +1,233 @@
+"""Properties 1 to 7, 12, 14, 20 and 22: values are what the equations say, and reading changes nothing."""
+
+import contextlib
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from lens_conformance.case import Case, pad, tokens
+from lens_conformance.checks import check
+from lens_conformance.oracle import Pair, true_float64
+
+MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def look(x: torch.Tensor, hook: Any) -> None:
+    """Read and return nothing."""
+    float(x.detach().sum())
+
+
+def position_ids(one: Pair, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Count real tokens from 0, for models that are told positions."""
+    takes = "position_ids" in one.reference.forward.__code__.co_varnames
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
+
+
+@check(1, "logits equal HF, bit for bit", judge="hf")
+def logits(case: Case) -> None:
+    """Plain calls and calls that read everything, in each dtype and autograd mode."""
+    one = case.pair(case.choice(DTYPES, "dtype"))
+    ids = case.tokens(max_pos=12)
+    with MODES[case.choice(sorted(MODES), "mode")]():
+        expected = one.reference(ids).logits
+        case.equal("the logits of a plain call", one.model(ids), expected)
+        ours, _ = one.model.run_with_cache(ids, names_filter=one.names())
+        case.equal("the logits while every name is read", ours, expected)
+
+
+@check(2, "every declared point fires as often as declared, in prefill and in each step", judge="law")
+def fires(case: Case) -> None:
+    """Once a call, or once a position; the plugin's table holds the contract's names and no others."""
+    one = case.pair()
+    names = one.names()
+    assert sorted(names) == sorted(one.model.table), (
+        f"the table lacks {sorted(set(names) - set(one.model.table))[:5]} and has "
+        f"{sorted(set(one.model.table) - set(names))[:5]} beyond the contract"
+    )
+    counts: dict[str, int] = {}
+
+    def count(x: torch.Tensor, hook: Any) -> None:
+        counts[hook.name] = counts.get(hook.name, 0) + 1
+
+    ids = case.tokens(min_pos=2)
+    n_pos, n_new = ids.shape[1], 3
+    with torch.no_grad(), one.model.hooks(fwd_hooks=[(name, count) for name in names]):
+        one.model(ids)
+        once = dict(counts)
+        counts.clear()
+        one.model.generate(ids, n_new, do_sample=False, stop_at_eos=False, return_type="tokens")
+    for name in names:
+        is_many = case.family.per_position(name)
+        assert once.get(name) == (n_pos if is_many else 1), f"{name} fired {once.get(name)} times in a prefill"
+        steps = n_pos + n_new - 1 if is_many else n_new
+        assert counts.get(name) == steps, f"{name} fired {counts.get(name)} times in a prompt and {n_new - 1} steps"
+
+
+@check(3, "values are those of the golden forward", judge="golden")
+def values(case: Case) -> None:
+    """Every name, padded or not."""
+    with true_float64():
+        one = case.pair(torch.float64)
+        ids, options = case.tokens(), {}
+        side = case.choice(("none", *case.family.paddings), "padding")
+        if side != "none":
+            ids, mask = pad([tokens(1, n, n)[0] for n in (2, 6)], side, case.draw(st.integers(0, 2), "more padding"))
+            options = {"attention_mask": mask}
+        expected_logits, expected = one.golden(ids, **options)
+        with torch.no_grad():
+            logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), **options)
+        rows = range(len(ids)) if side != "none" else [None]
+        for row in rows:
+            real = None if row is None else options["attention_mask"][row].nonzero().flatten()
+            for name in one.names():
+                ours, theirs = (_real(case, name, value[name], row, real) for value in (cache, expected))
+                case.same(name, ours, theirs)
+            case.same(
+                "logits",
+                _real(case, "hook_logits", logits, row, real),
+                _real(case, "hook_logits", expected_logits, row, real),
+            )
+
+
+def _real(case: Case, name: str, value: torch.Tensor, row: int | None, real: Any) -> torch.Tensor:
+    """Take one row's real positions, and real keys where there is a key axis."""
+    if row is None:
+        return value
+    value = value[row : row + 1]
+    for axis in (case.family.pos_axis(name), case.family.key_axis(name)):
+        value = value if axis is None else value.index_select(axis, real)
+    return value
+
+
+@check(4, "what branches add sums to the residual stream", judge="law")
+def residual(case: Case) -> None:
+    """At every block: the embeddings and all that was written before."""
+    with true_float64():
+        one = case.pair(torch.float64)
+        with torch.no_grad():
+            _, cache = one.model.run_with_cache(case.tokens())
+        n_layers = one.model.cfg.n_layers
+        for layer in range(n_layers + 1):
+            parts = cache.decompose_resid(layer)
+            at = f"blocks.{layer}.hook_resid_pre" if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+            case.same(at, parts.sum(0), cache[at], 1e-6)  # parts are kept in float32 where the cache is
+
+
+@check(5, "heads, neurons and biases sum to the stream and to the logits", judge="law")
+def decompositions(case: Case) -> None:
+    """The full decomposition, where the model has one; the attribution of a logit."""
+    one = case.pair()
+    ids = case.tokens()
+    with torch.no_grad():
+        _, cache = one.model.run_with_cache(ids)
+    has_heads = any(name.endswith("attn.hook_z") for name in one.model.table)
+    parts = cache.get_full_resid_decomposition(expand_neurons=False) if has_heads else cache.decompose_resid()
+    case.same("the full decomposition", parts.sum(0), cache["resid_post", -1], 1e-4)
+    attributed, bias = cache.logit_attrs(parts, ids, return_bias=True)
+    own = cache["unembed.hook_out"] * one.model.declaration.logit_factor
+    case.same("logit attributions", attributed.sum(0) + bias, own.gather(-1, ids[..., None])[..., 0], 1e-4)
+
+
+@check(
+    6, "reading any subset of names changes no bit: logits, random state, parameter gradients", judge="hf", share=0.6
+)
+def purity(case: Case) -> None:
+    """By cache, by function, or both; in eval and in train mode, with dropout on."""
+    one = case.pair(is_own=True, **case.family.dropout)
+    ids, train = case.tokens(min_pos=2), case.draw(st.booleans(), "training")
+    for model in (one.hf, one.reference):
+        model.train(train)
+    torch.manual_seed(7)
+    expected = one.reference(ids).logits
+    state = torch.get_rng_state()
+    expected.pow(2).sum().backward()
+    names = case.names(one.names())
+    how = case.choice(("cache", "functions", "both"), "read by")
+    torch.manual_seed(7)
+    with one.model.hooks(fwd_hooks=[(name, look) for name in names] if how != "cache" else []):
+        ours = one.model(ids) if how == "functions" else one.model.run_with_cache(ids, names_filter=names)[0]
+    assert torch.equal(torch.get_rng_state(), state), f"reading {names} drew random numbers"
+    case.equal(f"the logits while {names} are read", ours, expected)
+    ours.pow(2).sum().backward()
+    for (name, parameter), theirs in zip(one.hf.named_parameters(), one.reference.parameters(), strict=True):
+        case.equal(f"the gradient of {name} while {names} are read", parameter.grad, theirs.grad)
+
+
+@check(7, "an identity edit changes no bit", judge="hf")
+def identity(case: Case) -> None:
+    """A function that returns its argument, or an equal copy."""
+    one, ids = case.pair(case.choice(DTYPES, "dtype")), case.tokens()
+    name = case.choice(one.names(), "name")
+    same = case.choice((lambda x, hook: x, lambda x, hook: x.clone()), "function")
+    with torch.no_grad():
+        ours = one.model.run_with_hooks(ids, fwd_hooks=[(name, same)])
+        case.equal(f"the logits under an identity edit at {name}", ours, one.reference(ids).logits)
+
+
+@check(12, "the cache holds what hook functions saw, also later", judge="law")
+def aliasing(case: Case) -> None:
+    """Entries equal clones taken inside functions, after another run and after functions wrote into their argument."""
+    one, ids = case.pair(), case.tokens()
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor, hook: Any) -> None:
+        before = seen.get(hook.name)
+        seen[hook.name] = x.clone() if before is None else torch.cat([before, x], dim=1)
+
+    names = case.names(one.names())
+    with torch.no_grad(), one.model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        _, cache = one.model.run_with_cache(ids, names_filter=names)
+    with torch.no_grad():
+        one.model(ids.flip(1))
+        one.model.run_with_hooks(ids, fwd_hooks=[(name, lambda x, hook: x.zero_()) for name in names])
+    for name in names:
+        case.equal(f"{name} in the cache", cache[name], seen[name])
+
+
+@check(14, "a run leaves no trace in the next one", judge="law")
+def stateless(case: Case) -> None:
+    """run(A); run(B) is run(B), with values, whatever A was."""
+    one, ids = case.pair(), case.tokens()
+    name = case.choice(one.names(), "edited before")
+    with torch.no_grad():
+        first, before = one.model.run_with_cache(ids, names_filter=one.names())
+        one.model.run_with_hooks(case.tokens(), fwd_hooks=[(name, case.family.edit_at(name))])
+        one.model.generate(ids, 2, do_sample=False, stop_at_eos=False)
+        again, after = one.model.run_with_cache(ids, names_filter=one.names())
+    case.equal("the logits of the same run again", again, first)
+    for name in one.names():
+        case.equal(f"{name} in the same run again", after[name], before[name])
+
+
+@check(20, "filters give exactly the subset, with the same values", judge="law")
+def filters(case: Case) -> None:
+    """A list, a predicate and one name."""
+    one, ids = case.pair(), case.tokens()
+    names = case.names(one.names())
+    with torch.no_grad():
+        _, whole = one.model.run_with_cache(ids, names_filter=one.names())
+        for given in (names, lambda name: name in names):
+            _, cache = one.model.run_with_cache(ids, names_filter=given)
+            assert sorted(cache) == sorted(names), f"asked for {sorted(names)[:5]}, got {sorted(cache)[:5]}"
+            for name in names:
+                case.equal(f"{name} asked for among {len(names)}", cache[name], whole[name])
+
+
+@check(22, "values have the declared dtype and shape", judge="law")
+def dtypes(case: Case) -> None:
+    """In each dtype, cached and handed."""
+    dtype = case.choice(DTYPES, "dtype")
+    one, ids = case.pair(dtype), case.tokens()
+    sizes = {**one.model.cfg.sizes, "batch": ids.shape[0], "pos": ids.shape[1], "query": ids.shape[1]}
+    sizes["key"] = ids.shape[1]
+    with torch.no_grad():
+        _, cache = one.model.run_with_cache(ids, names_filter=one.names())
+    for point in one.model.hook_points():
+        declared = dtype if point.dtype == "model" else getattr(torch, point.dtype)
+        assert cache[point.name].dtype == declared, f"{point.name} is {cache[point.name].dtype}, declared {declared}"
+        shape = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in point.shape.split())
+        assert tuple(cache[point.name].shape) == shape, (
+            f"{point.name} has shape {tuple(cache[point.name].shape)}, declared {point.shape!r}: {shape}"
+        )

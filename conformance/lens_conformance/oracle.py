@@ -1,0 +1,140 @@
+"""What the kit compares with: fresh HF models whose every parameter has noise, and true float64."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lens_core as lens
+from lens_conformance.family import Family
+
+__all__ = ["Pair", "Wide", "new_pair", "shared_pair", "tiny_config", "true_float64"]
+
+
+class Wide(TorchFunctionMode):
+    """The part of `true_float64()` that belongs to one thread: for threads that run inside it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        for arg in args:
+            if arg is torch.float32:
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+                break
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
+
+
+@contextlib.contextmanager
+def true_float64() -> Iterator[None]:
+    """Let a request for float32 mean float64 until the block ends (in this thread; the default dtype is all threads').
+
+    HF's norms, rotary embeddings, softmaxes, routers and scans cast to float32 whatever the model's dtype is. A float64
+    model must also be built inside: buffers such as the rotary frequencies are computed then.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Wide():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Pair:
+    """A lens model, the HF model inside it, and a twin that nothing of lens has touched."""
+
+    family: Family
+    model: Any
+    hf: Any
+    reference: Any
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> Any:
+        """The untouched twin's config."""
+        return self.reference.config
+
+    def names(self) -> list[str]:
+        """List every name: the contract's for this config, or the plugin's own table."""
+        return list(self.model.table if self.family.names is None else self.family.names(self.config))
+
+    def golden(self, tokens: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the golden forward on the twin's weights, without a graph."""
+        assert self.family.golden is not None
+        with torch.no_grad():
+            return self.family.golden(self.reference.state_dict(), self.config, tokens, **options)
+
+
+def tiny_config(family: Family, overrides: Mapping[str, Any]) -> Any:
+    """Make a config of the family."""
+    return AutoConfig.for_model(family.model_type, **copy.deepcopy({**family.config, **overrides}))
+
+
+def _build(family: Family, overrides: Mapping[str, Any], attn: str, seed: int) -> Any:
+    config = tiny_config(family, overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
+        if torch.get_default_dtype() == torch.float64 and hasattr(config, "num_experts_per_tok"):
+            model.set_experts_implementation("eager")  # the only one that takes float64
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(family.noise(name, parameter))
+    return model.eval()
+
+
+def new_pair(
+    family: Family,
+    *,
+    overrides: Mapping[str, Any] = {},
+    attn: str = "sdpa",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """Build a pair of its own, for a check that trains, or changes parameters or mode."""
+    with true_float64() if dtype == torch.float64 else contextlib.nullcontext():
+        hf, reference = (_build(family, overrides, attn, seed).to(dtype) for _ in range(2))
+    reference.load_state_dict(copy.deepcopy(hf.state_dict()))
+    return Pair(family=family, model=lens.load(hf), hf=hf, reference=reference, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=48)
+def _shared(family: Family, key: tuple[tuple[str, Any], ...], attn: str, seed: int, dtype: torch.dtype) -> Pair:
+    return new_pair(family, overrides={name: value.given for name, value in key}, attn=attn, seed=seed, dtype=dtype)
+
+
+@attrs.frozen(eq=False)
+class _ByText:
+    """A config value that may not be hashable, told by what it looks like."""
+
+    given: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByText) and repr(self.given) == repr(other.given)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.given))
+
+
+def shared_pair(
+    family: Family, *, overrides: Mapping[str, Any], attn: str, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Pair:
+    """Build a pair once for all checks that neither train it nor touch its parameters."""
+    key = tuple((name, _ByText(value)) for name, value in sorted(overrides.items()))
+    return _shared(family, key, attn, seed, dtype)

@@ -78,7 +78,7 @@ class ScaledBranch:
                 yield ModuleStep(path=self.sum_at, when="pre", act=self._write)
 
     def _keep(self, call: ModuleCall) -> None:
-        call.run.now.scratch[self, "stream"] = call.given  # a copy for the module alone may have fired before
+        call.run.now.scratch[self, "stream"] = call.stream
 
     def _fire(self, watch: Watch, call: ModuleCall) -> None:
         value = watch.fire(call.result * self.factor, beside=True)

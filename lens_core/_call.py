@@ -49,7 +49,7 @@ class Call:
 class ModuleCall:
     """One forward of one module, as the steps of a tap see it and change it."""
 
-    __slots__ = ("_given", "args", "input_changed", "kwargs", "module", "output", "output_changed", "run")
+    __slots__ = ("_stream", "args", "input_changed", "kwargs", "module", "output", "output_changed", "run")
 
     def __init__(
         self, run: "Run", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -61,12 +61,18 @@ class ModuleCall:
         self.output: Any = output
         self.input_changed = False
         self.output_changed = False
-        self._given: Tensor | None = None
+        self._stream: Tensor | None = None
 
     @property
-    def given(self) -> Tensor:
-        """What HF called the module with, whatever steps put in its place for this module alone."""
-        return self.input if self._given is None else self._given
+    def stream(self) -> Tensor:
+        """The input, but for the copies that this module alone is given."""
+        return self.input if self._stream is None else self._stream
+
+    def give_copy(self, new: Tensor) -> None:
+        """Replace the input for this module alone: what else reads the tensor goes on with `stream`."""
+        stream = self.stream
+        self.input = new
+        self._stream = stream
 
     @property
     def input(self) -> Tensor:
@@ -77,7 +83,7 @@ class ModuleCall:
     @input.setter
     def input(self, new: Tensor) -> None:
         found = self._input_key()
-        self._given = self.given
+        self._stream = None
         if isinstance(found, int):
             self.args = (*self.args[:found], new, *self.args[found + 1 :])
         else:

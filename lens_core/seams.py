@@ -103,7 +103,11 @@ class ModuleInput:
         # A copy that was only read stays out: gradients of the branches would be added in another order.
         is_read = self.is_copy and not watch.edited and not watch.rerouted
         if not is_read and (value is not shown or (watch.rerouted and shown is not tensor)):
-            call.input = self.view.write(tensor, value)
+            new = self.view.write(tensor, value)
+            if self.is_copy:
+                call.give_copy(new)
+            else:
+                call.input = new
 
 
 @attrs.frozen(kw_only=True)

@@ -44,9 +44,10 @@ $(BIN)/python:
 	@$(PIP) install -qq --no-build-isolation --editable . $(addprefix --editable ./,$(PLUGINS))
 	@touch $@
 
-.venv/.dev: requirements/dev.txt .venv/.runtime
+.venv/.dev: requirements/dev.txt conformance/pyproject.toml .venv/.runtime
 	@echo "Installing the development tools into .venv."
 	@$(PIP) install -qq --requirement requirements/dev.txt
+	@$(PIP) install -qq --no-build-isolation --no-deps --editable ./conformance
 	@touch $@
 
 # Beside the environment, not in it: what `make test` runs stays what requirements/dev.txt pins.

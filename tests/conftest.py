@@ -1,4 +1,4 @@
-"""Put `tests` on the import path, so that any test can say `from golden.gpt2 import golden`."""
+"""Put `tests` on the import path, so that any test can say `from golden.tiny import tiny_gpt2`."""
 
 import sys
 from pathlib import Path

@@ -1,19 +1,17 @@
-"""Edits that lens and a golden forward both take, and where a name keeps its positions.
+"""Edits that golden and lens both take, and where a name keeps its positions.
 
 Every edit is nonlinear where a norm could swallow an affine one (LayerNorm undoes scale and shift exactly), and moves
-the logits far above rounding, so that a check which compares them cannot pass on an edit that did nothing.
+the logits far above rounding, so that a test which compares them cannot pass on an edit that did nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["VOCAB", "affine", "bend", "edit_at", "only_at", "pos_axis", "shrink"]
+from lens_conformance.golden.gpt2 import Edit
 
 VOCAB = 29
-"""Vocabulary of the tiny models; 28 is no word of a text."""
-Edit = Callable[..., Tensor]
 
 
 def bend(x: Tensor, hook: object = None) -> Tensor:
@@ -47,19 +45,49 @@ def edit_at(name: str, *, causal: bool = False) -> Edit:
     return bend
 
 
+def in_place(edit: Edit) -> Edit:
+    """Turn an edit that returns into one that writes into its argument and returns None."""
+
+    def write(x: Tensor, hook: object = None) -> None:
+        x.copy_(edit(x.clone(), hook=hook))
+
+    return write
+
+
 def pos_axis(name: str) -> int:
     """Tell the axis of the queries (scores, pattern) or of the positions (all others)."""
     return 2 if name.endswith(("attn_scores", "hook_pattern")) else 1
 
 
-def only_at(axis: int, edit: Edit, positions: Sequence[int]) -> Edit:
+def only_at(name: str, edit: Edit, positions: Sequence[int]) -> Edit:
     """Restrict an edit to absolute positions, by `hook.positions`; elsewhere the value stays."""
     wanted = torch.tensor(list(positions))
 
     def restricted(x: Tensor, hook: object) -> Tensor:
-        here = torch.isin(hook.positions.cpu(), wanted)  # type: ignore[attr-defined]
+        here = torch.isin(hook.positions.cpu(), wanted)
+        shape = [1] * x.ndim
+        shape[pos_axis(name)] = -1
+        return torch.where(here.view(shape), edit(x, hook=hook), x)
+
+    return restricted
+
+
+def only_head(edit: Edit, head: int, axis: int = 2) -> Edit:
+    """Restrict an edit to one head; `axis` is 1 for scores and patterns."""
+
+    def restricted(x: Tensor, hook: object = None) -> Tensor:
+        here = torch.arange(x.shape[axis]) == head
         shape = [1] * x.ndim
         shape[axis] = -1
         return torch.where(here.view(shape), edit(x, hook=hook), x)
 
     return restricted
+
+
+def at_steps(name: str, value: Tensor, positions: Sequence[int] | slice) -> Tensor:
+    """Cut a whole run's value down to a call's positions and to the keys that exist by then."""
+    if isinstance(positions, slice):
+        positions = list(range(positions.start, positions.stop))
+    index = torch.as_tensor(list(positions))
+    value = value.index_select(pos_axis(name), index)
+    return value[..., : int(index[-1]) + 1] if pos_axis(name) == 2 else value

@@ -64,7 +64,7 @@ class Family:
     per_position: Callable[[str], bool] = _never
     """Names whose function is called once for each position."""
     pos_axis: Callable[[str], int | None] = edits.pos_axis
-    """Which axis is the positions of this call; None where there are only keys."""
+    """Which axis is the positions of this call, as `edits.pos_axis`; None where there are only keys."""
     key_axis: Callable[[str], int | None] = lambda name: 3 if edits.pos_axis(name) == 2 else None
     """Which axis is the keys, all real positions so far."""
     gradient: Callable[[str], bool] = lambda name: name != "hook_tokens" and not name.endswith("indices")

@@ -1,58 +1,21 @@
-"""What the kit compares with: fresh HF models whose every parameter has noise, and true float64."""
+"""What the kit compares with: fresh HF models whose every parameter has noise."""
 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lens_core as lens
 from lens_conformance.family import Family
+from lens_conformance.float64 import true_float64
 
-__all__ = ["Pair", "Wide", "new_pair", "shared_pair", "tiny_config", "true_float64"]
-
-
-class Wide(TorchFunctionMode):
-    """The part of `true_float64()` that belongs to one thread: for threads that run inside it."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        for arg in args:
-            if arg is torch.float32:
-                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-                break
-        if not kwargs:
-            return func(*args)
-        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
-
-
-@contextlib.contextmanager
-def true_float64() -> Iterator[None]:
-    """Let a request for float32 mean float64 until the block ends (in this thread; the default dtype is all threads').
-
-    HF's norms, rotary embeddings, softmaxes, routers and scans cast to float32 whatever the model's dtype is. A float64
-    model must also be built inside: buffers such as the rotary frequencies are computed then.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Wide():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+__all__ = ["Pair", "new_pair", "plain", "shared_pair", "tiny_config"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -103,11 +66,12 @@ def new_pair(
     family: Family,
     *,
     overrides: Mapping[str, Any] = {},
-    attn: str = "sdpa",
+    attn: str | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Pair:
     """Build a pair of its own, for a check that trains, or changes parameters or mode."""
+    attn = family.implementations[0] if attn is None else attn
     with true_float64() if dtype == torch.float64 else contextlib.nullcontext():
         hf, reference = (_build(family, overrides, attn, seed).to(dtype) for _ in range(2))
     reference.load_state_dict(copy.deepcopy(hf.state_dict()))
@@ -138,3 +102,8 @@ def shared_pair(
     """Build a pair once for all checks that neither train it nor touch its parameters."""
     key = tuple((name, _ByText(value)) for name, value in sorted(overrides.items()))
     return _shared(family, key, attn, seed, dtype)
+
+
+def plain(one: Pair, ids: Tensor) -> Tensor:
+    """Give HF's logits without a cache, as lens runs where nobody asked for one: with one HF may take another path."""
+    return one.reference(ids, use_cache=False).logits

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import golden.mamba
-import golden.mamba2
 import torch
-from golden.float64 import true_float64
 from golden.tiny import random_tokens
 from golden.tiny_ssm import tiny_ssm
+from lens_conformance.float64 import true_float64
+from lens_conformance.golden import mamba, mamba2
 from torch import Tensor
 
 import lens_core as lens
@@ -36,7 +35,7 @@ class Subject:
 
     def golden(self, edits: Mapping[str, Callable[..., Any]] | None = None, tokens: Tensor = TOKENS) -> Any:
         """Run the formulas with edits; give the logits and the values."""
-        module = golden.mamba2 if self.kind == "mamba2" else golden.mamba
+        module = mamba2 if self.kind == "mamba2" else mamba
         return module.golden(self.hf.state_dict(), self.hf.config, tokens, edits=edits)
 
     def run(self, tokens: Tensor = TOKENS, **options: Any) -> Any:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from analysis.ssm_subject import LAYERS, TOKENS, Subject
-from golden.float64 import true_float64
 from golden.tiny_ssm import KINDS
+from lens_conformance.float64 import true_float64
 
 from lens_core.analysis.ssm_gradients import FROZEN_PARTS, frozen_share, stop_gradients
 from lens_core.errors import ArgumentError

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from analysis.ssm_subject import TOKENS, Subject
-from golden.float64 import true_float64
 from golden.tiny_ssm import KINDS
+from lens_conformance.float64 import true_float64
 from transformers import DynamicCache
 
 from lens_core.analysis.ssm_patching import patch_state, sweep_states

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from analysis.ssm_subject import LAYERS, TOKENS, Subject, attention_of
-from golden.float64 import true_float64
 from golden.tiny import random_tokens, tiny_gpt2
 from golden.tiny_ssm import KINDS, tiny_ssm
+from lens_conformance.float64 import true_float64
 from torch import Tensor
 
 import lens_core as lens

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from golden.edits import edit_at
 from golden.tiny import random_tokens, tiny_gpt2, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lens_conformance.edits import edit_at
 
 import lens_core as lens
 from lens_core._declaration import Declaration, LensConfig, NormPlace

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from families.subject import Pair, Subject
-from golden.edits import Edit
+from lens_conformance.edits import Edit
 from torch import Tensor
 
 TOLERANCE = 1e-9

@@ -1,8 +1,8 @@
 """One law suite for every family: each test runs for each subject (model type) and attention implementation.
 
 For whoever adds a family
-    1. Write the oracle `tests/golden/<family>.py` (no code of lens, nothing of transformers) with the interface of
-       `tests/golden/gpt2.py`, and prove it against HF in true float64 (`golden.float64.true_float64`).
+    1. Write the oracle `lens_conformance/golden/<family>.py` (no code of lens, nothing of transformers) with the
+       interface of `gpt2.py` beside it, and prove it in `tests/golden` against HF in true float64.
     2. Write `tests/families/<family>.py` with `SUBJECTS: list[Subject]`; the fields are explained in `subject.py`.
     3. Add the module to `ALL` in `subjects.py`. The tests of this folder then run for it.
     4. Tests of what only this family has go to `tests/families/test_<family>_*.py`.

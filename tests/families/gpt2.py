@@ -3,7 +3,8 @@
 from typing import Any
 
 from families.subject import Subject
-from golden import gpt2, tiny
+from golden import tiny
+from lens_conformance.golden import gpt2
 
 
 def names(config: Any) -> list[str]:

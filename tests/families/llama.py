@@ -4,8 +4,9 @@ import functools
 from typing import Any
 
 from families.subject import Subject
-from golden import edits, llama
 from golden.tiny_llama import VARIANTS, tiny_llama
+from lens_conformance import edits
+from lens_conformance.golden import llama
 
 REPEATED = ("attn.hook_k_rep", "attn.hook_v_rep")
 LIGHT = {

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from families.subject import Subject
-from golden import mamba, mamba2
 from golden.tiny_ssm import tiny_ssm
+from lens_conformance.golden import mamba, mamba2
 
 KINDS = ("mamba", "falcon_mamba", "mamba2")
 WHOLE = ("hook_in_proj", "hook_gate", "hook_conv_in", "hook_conv", "hook_x_proj", "hook_gated", "inner_norm.hook_scale")

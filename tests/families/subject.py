@@ -12,8 +12,8 @@ from typing import Any
 
 import attrs
 import torch
-from golden import edits as common
-from golden.float64 import true_float64
+from lens_conformance import edits as common
+from lens_conformance.float64 import true_float64
 from torch import Tensor
 
 import lens_core as lens
@@ -36,10 +36,10 @@ class Subject:
     """Import name of the plugin that serves it; the subject's tests are skipped while it cannot be imported."""
     build: Callable[..., Any]
     """`build(attn=..., seed=0, **config)`: an HF model in eval mode, float32, noise in every parameter, sizes pairwise
-    different, 3 layers or more where types of layers are mixed. Vocabulary 29 (`golden.edits.VOCAB`)."""
+    different, 3 layers or more where types of layers are mixed. Vocabulary 29 (`lens_conformance.edits.VOCAB`)."""
     golden: Golden
     """`golden(state_dict, config, tokens, attention_mask=None, position_ids=None, edits=None, record=True,
-    through=()) -> (logits, values)` in float64, as `golden.gpt2.golden`."""
+    through=()) -> (logits, values)` in float64, as `lens_conformance.golden.gpt2.golden`."""
     names: Callable[[Any], list[str]]
     """All canonical names for a config."""
     is_starred: Callable[[str], bool]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families.compare import TOLERANCE, error, part, run
-from golden.edits import only_at
 from golden.tiny import random_tokens
+from lens_conformance.edits import only_at
 from transformers import DynamicCache
 
 

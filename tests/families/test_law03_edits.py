@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families.compare import TOLERANCE, check, error, run
-from golden.edits import in_place, only_at, only_head
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import in_place, only_at, only_head
 
 
 def ends_of(one):

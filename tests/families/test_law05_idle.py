@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 from families.subject import pair, shared_pair
-from golden.fingerprint import differences, fingerprint
 from golden.tiny import random_tokens
+from lens_conformance.fingerprint import differences, fingerprint
 
 import lens_core as lens
 from lens_core import errors

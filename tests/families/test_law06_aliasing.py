@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families.subject import pair
-from golden.edits import in_place
 from golden.tiny import random_tokens
+from lens_conformance.edits import in_place
 from transformers import DynamicCache
 
 

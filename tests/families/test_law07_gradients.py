@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families.subject import pair
-from golden.float64 import true_float64
 from golden.tiny import pad, random_tokens
+from lens_conformance.float64 import true_float64
 
 TIGHT = 1e-8
 """Of the gradient's own scale, in true float64."""

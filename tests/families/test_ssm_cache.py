@@ -10,9 +10,9 @@ import torch
 from families.compare import error, same
 from families.mamba import brief_ssm, dual, ssm
 from families.subject import pair
-from golden.edits import bend, only_at
-from golden.float64 import true_float64
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import bend, only_at
+from lens_conformance.float64 import true_float64
 from transformers import DynamicCache
 
 from lens_core.errors import LensError

@@ -10,10 +10,10 @@ import torch
 from families.compare import same
 from families.mamba import brief_ssm, dual, ssm
 from families.subject import pair
-from golden.edits import bend
-from golden.fingerprint import differences, fingerprint
-from golden.float64 import Wide, true_float64
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import bend
+from lens_conformance.fingerprint import differences, fingerprint
+from lens_conformance.float64 import Wide, true_float64
 from transformers import DynamicCache
 
 pytestmark = brief_ssm

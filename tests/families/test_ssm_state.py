@@ -6,8 +6,8 @@ import pytest
 import torch
 from families.compare import error, same
 from families.mamba import dual, ssm
-from golden.edits import bend, only_at
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import bend, only_at
 from transformers import DynamicCache
 
 import lens_core as lens

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden.gpt2 import golden, names
 from golden.tiny import fresh, pad, random_tokens, tiny_gpt2
+from lens_conformance.golden.gpt2 import golden, names
 
 CONFIGS = {
     "three-heads": {},

@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from golden.edits import bend
-from golden.float64 import true_float64
-from golden.llama import COPIES, golden, is_starred, names
 from golden.tiny import pad, random_tokens
 from golden.tiny_llama import VARIANTS, tiny_llama
+from lens_conformance.edits import bend
+from lens_conformance.float64 import true_float64
+from lens_conformance.golden.llama import COPIES, golden, is_starred, names
 
 NO_SDPA = {"gemma2"}  # HF has no SDPA for it
 CASES = [(key, attn) for key in VARIANTS for attn in ("eager", "sdpa") if attn == "eager" or key not in NO_SDPA]

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from golden import mamba, mamba2, ssm
-from golden.float64 import true_float64
 from golden.tiny import pad, random_tokens
 from golden.tiny_ssm import KINDS, tiny_ssm
+from lens_conformance.float64 import true_float64
+from lens_conformance.golden import mamba, mamba2, ssm
 from transformers import DynamicCache
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.mamba import modeling_mamba

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden import mamba, mamba2
 from golden.tiny import random_tokens
 from golden.tiny_ssm import tiny_ssm
+from lens_conformance.golden import mamba, mamba2
 
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "mamba2"])

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from golden.gpt2 import golden, names
 from golden.tiny import fresh, tiny_gpt2
+from lens_conformance.golden.gpt2 import golden, names
 from torch import Tensor
 
 import lens_core as lens

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from golden.edits import edit_at
-from golden.fingerprint import differences, fingerprint
-from golden.gpt2 import golden, names_at
 from golden.tiny import random_tokens
+from lens_conformance.edits import edit_at
+from lens_conformance.fingerprint import differences, fingerprint
+from lens_conformance.golden.gpt2 import golden, names_at
 
 import lens_core as lens
 from lens_core import errors

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden.edits import edit_at
 from golden.tiny import fresh, pad, random_tokens, tiny_gpt2, tiny_tokenizer
+from lens_conformance.edits import edit_at
 from torch.nn.functional import cross_entropy
 
 import lens_core as lens

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden.fingerprint import differences, fingerprint
 from golden.tiny import fresh, pad, random_tokens, tiny_gpt2, tiny_tokenizer
+from lens_conformance.fingerprint import differences, fingerprint
 
 import lens_core as lens
 from lens_core import errors

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from golden.gpt2 import names
 from golden.tiny import random_tokens
+from lens_conformance.golden.gpt2 import names
 from transformers import DynamicCache
 
 from lens_core import errors

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden.edits import at_steps, pos_axis
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import at_steps, pos_axis
 from transformers import DynamicCache
 
 CONFIGS = {

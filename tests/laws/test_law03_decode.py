@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden.edits import at_steps, edit_at, only_at
-from golden.gpt2 import BLOCK, TOP, names_at
 from golden.tiny import random_tokens
+from lens_conformance.edits import at_steps, edit_at, only_at
+from lens_conformance.golden.gpt2 import BLOCK, TOP, names_at
 from transformers import DynamicCache
 
 PLACES = [*TOP, *(f"blocks.L.{name}" for name in BLOCK)]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden.edits import bend, edit_at, in_place, only_at, only_head
-from golden.gpt2 import BLOCK, TOP, names_at
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import bend, edit_at, in_place, only_at, only_head
+from lens_conformance.golden.gpt2 import BLOCK, TOP, names_at
 
 HEADED = ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "attn.hook_q", "attn.hook_k", "attn.hook_v"]
 HEADED += ["attn.hook_z", "attn.hook_result", "attn.hook_attn_scores", "attn.hook_pattern"]

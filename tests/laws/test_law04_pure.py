@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
-from golden.gpt2 import names, names_at
 from golden.tiny import fresh, pad, random_tokens, tiny_gpt2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lens_conformance.golden.gpt2 import names, names_at
 
 import lens_core as lens
 from lens_core import errors

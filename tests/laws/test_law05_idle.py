@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from golden.edits import bend, edit_at
-from golden.fingerprint import differences, fingerprint
-from golden.gpt2 import golden, names_at
 from golden.tiny import fresh, random_tokens, tiny_gpt2
+from lens_conformance.edits import bend, edit_at
+from lens_conformance.fingerprint import differences, fingerprint
+from lens_conformance.golden.gpt2 import golden, names_at
 
 import lens_core as lens
 from lens_core import errors

@@ -5,9 +5,9 @@ import weakref
 
 import pytest
 import torch
-from golden.edits import edit_at, in_place
-from golden.gpt2 import names_at
 from golden.tiny import random_tokens
+from lens_conformance.edits import edit_at, in_place
+from lens_conformance.golden.gpt2 import names_at
 from transformers import DynamicCache, StaticCache
 
 

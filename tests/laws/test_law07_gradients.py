@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden.edits import bend, edit_at
-from golden.gpt2 import BLOCK, TOP, golden, is_starred, names, names_at
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import bend, edit_at
+from lens_conformance.golden.gpt2 import BLOCK, TOP, golden, is_starred, names, names_at
 
 import lens_core as lens
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from golden.edits import edit_at
-from golden.fingerprint import differences, fingerprint
-from golden.gpt2 import names, names_at
 from golden.tiny import random_tokens
+from lens_conformance.edits import edit_at
+from lens_conformance.fingerprint import differences, fingerprint
+from lens_conformance.golden.gpt2 import names, names_at
 
 from lens_core import errors
 

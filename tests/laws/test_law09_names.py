@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from golden.edits import bend
-from golden.gpt2 import is_starred
 from golden.tiny import random_tokens
+from lens_conformance.edits import bend
+from lens_conformance.golden.gpt2 import is_starred
 
 from lens_core import errors
 

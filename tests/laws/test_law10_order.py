@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
-from golden.edits import edit_at
-from golden.gpt2 import BLOCK, TOP
 from golden.tiny import random_tokens
+from lens_conformance.edits import edit_at
+from lens_conformance.golden.gpt2 import BLOCK, TOP
 
 from lens_core import errors
 

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from golden.edits import edit_at, pos_axis
-from golden.gpt2 import names_at
 from golden.tiny import pad, random_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lens_conformance.edits import edit_at, pos_axis
+from lens_conformance.golden.gpt2 import names_at
 from transformers import DynamicCache
 
 QUIET = settings(deadline=None, max_examples=5, derandomize=True, suppress_health_check=list(HealthCheck))

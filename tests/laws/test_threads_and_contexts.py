@@ -6,9 +6,9 @@ import threading
 
 import pytest
 import torch
-from golden.edits import edit_at
-from golden.fingerprint import differences, fingerprint
 from golden.tiny import random_tokens
+from lens_conformance.edits import edit_at
+from lens_conformance.fingerprint import differences, fingerprint
 
 from lens_core import errors
 

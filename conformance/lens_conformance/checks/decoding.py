@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from lens_conformance.case import Case, pad, tokens
 from lens_conformance.checks import check
-from lens_conformance.oracle import true_float64
+from lens_conformance.float64 import true_float64
 from lens_core.plugin import Capability
 
 
@@ -22,7 +22,7 @@ def padding(case: Case) -> None:
         one = case.pair(torch.float64)
         lengths = case.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "lengths")
         texts = [tokens(1, n, seed)[0] for seed, n in enumerate(lengths)]
-        ids, mask = pad(texts, case.choice(family.paddings, "side"), case.draw(st.integers(0, 2), "more padding"))
+        ids, mask = pad(texts, case.choice(family.paddings, "side"), case.draw(st.integers(1, 3), "more padding"))
         with torch.no_grad():
             logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), attention_mask=mask)
             for row, text in enumerate(texts):

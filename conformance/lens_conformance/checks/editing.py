@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from lens_conformance.case import TIGHT, Case, error
 from lens_conformance.checks import check
 from lens_conformance.edits import only_at
-from lens_conformance.oracle import true_float64
+from lens_conformance.float64 import true_float64
+from lens_conformance.oracle import plain
 
 MOVES = 1e-6
 """How far an edit must move the logits at least, of their scale: rounding in float64 is 1e-13."""
@@ -34,7 +35,7 @@ def edits(case: Case) -> None:
                 and case.draw(st.booleans(), f"{name} at some positions")
             ):
                 where = sorted(case.draw(st.sets(st.integers(0, ids.shape[1] - 1), min_size=1), "positions"))
-            program[name] = edit if where is None else only_at(axis, edit, where)
+            program[name] = edit if where is None else only_at(name, edit, where)
             if where is None and case.draw(st.booleans(), f"{name} in place"):
                 edit = _in_place(edit)
             entries.append((name, edit) if where is None else (name, edit, where))
@@ -60,9 +61,9 @@ def liveness(case: Case) -> None:
         one, ids = case.pair(torch.float64), case.tokens(min_pos=2)
         name = case.choice(one.names(), "name")
         with torch.no_grad():
-            plain = one.reference(ids).logits
+            unedited = plain(one, ids)
             ours = one.model.run_with_hooks(ids, fwd_hooks=[(name, case.family.edit_at(name))])
-    moved = float((ours - plain).abs().max()) / max(1.0, float(plain.abs().max()))
+    moved = float((ours - unedited).abs().max()) / max(1.0, float(unedited.abs().max()))
     assert moved > MOVES, f"an edit at {name} moves the logits by {moved:.1e} of their scale"
 
 
@@ -76,7 +77,7 @@ def locality(case: Case) -> None:
     name = case.choice([n for n in names if family.pos_axis(n) is not None], "name")
     first = case.draw(st.integers(1, ids.shape[1] - 1), "position")
     edit = family.edit_at(name, causal=True)
-    entry = (name, only_at(family.pos_axis(name), edit, range(first, ids.shape[1])))
+    entry = (name, only_at(name, edit, range(first, ids.shape[1])))
     layer = one.model.table[name].layer
     with torch.no_grad():
         _, before = one.model.run_with_cache(ids, names_filter=names)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lens_conformance.case import Case
 from lens_conformance.checks import check
-from lens_conformance.oracle import new_pair, true_float64
+from lens_conformance.float64 import true_float64
+from lens_conformance.oracle import new_pair
 from lens_core.analysis.ssm_scan import mixer_layers
 from lens_core.analysis.ssm_tokens import mixer_tokens
 from lens_core.plugin import Capability

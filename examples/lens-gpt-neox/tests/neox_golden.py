@@ -19,7 +19,7 @@ from typing import Any
 
 import attrs
 import torch
-from golden.gpt2 import Edit, activation, cutter, positions_from
+from lens_conformance.golden.gpt2 import Edit, activation, cutter, positions_from
 from torch import Tensor
 
 NORM = ("hook_scale", "hook_normalized", "hook_out")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden.edits import bend
-from golden.float64 import true_float64
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import bend
+from lens_conformance.float64 import true_float64
 from neox_golden import golden, names
 from neox_tiny import VARIANTS, tiny_neox
 

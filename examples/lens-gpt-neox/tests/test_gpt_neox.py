@@ -7,9 +7,9 @@ import pytest
 import torch
 from families.compare import check, error, part, real_part
 from families.subject import Subject, pair
-from golden.edits import edit_at, in_place, only_at, only_head
-from golden.float64 import true_float64
 from golden.tiny import pad, random_tokens
+from lens_conformance.edits import edit_at, in_place, only_at, only_head
+from lens_conformance.float64 import true_float64
 from neox_golden import COPIES, golden, is_starred, names
 from neox_tiny import VARIANTS, tiny_neox
 from transformers import DynamicCache

@@ -1,0 +1,13 @@
+"""Every family that the kit knows, held to every check at the fast level; `--lens-level` asks for more."""
+
+import pytest
+from lens_conformance._pytest import try_one
+from lens_conformance.checks import all_checks
+from lens_conformance.families import known_families
+
+
+@pytest.mark.parametrize("model_type", list(known_families()))
+@pytest.mark.parametrize("check", list(all_checks()))
+def test_conformance(model_type, check, request):
+    """A check that is absent or not judged is a skip with its reason."""
+    try_one(model_type, check, request.config, "fast")

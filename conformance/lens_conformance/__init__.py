@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from lens_conformance._pytest import conformance
     from lens_conformance.family import Family
     from lens_conformance.report import Outcome, Report
-    from lens_conformance.run import run
+    from lens_conformance.runner import run
 
 _HOMES = {
     "Family": "lens_conformance.family",
     "Outcome": "lens_conformance.report",
     "Report": "lens_conformance.report",
     "conformance": "lens_conformance._pytest",
-    "run": "lens_conformance.run",
+    "run": "lens_conformance.runner",
 }
 
 

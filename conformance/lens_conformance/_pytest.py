@@ -82,7 +82,7 @@ def conformance(model: "str | Family", *, level: str = "default") -> Callable[..
 def try_one(model: "str | Family", name: str, config: pytest.Config, level: str) -> None:
     """Try one check; what is absent or not judged is a skip with its reason."""
     from lens_conformance.checks import all_checks
-    from lens_conformance.run import find_family, try_check
+    from lens_conformance.runner import find_family, try_check
 
     family = find_family(model) if isinstance(model, str) else model
     outcome = try_check(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lens_conformance.checks import all_checks
-from lens_conformance.run import find_family, try_check
+from lens_conformance.runner import find_family, try_check
 
 from lens_core import _cache_sink, _inputs, _pieces, _plan, _recurrence, _softmax, _watch, hook_points, model
 

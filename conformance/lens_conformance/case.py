@@ -1,21 +1,26 @@
-"""One example of one check: what Hypothesis draws for it, and what it compares."""
+"""One example of one check: what is chosen for it, and what it compares."""
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import torch
-from hypothesis import strategies as st
+from hypothesis import assume
 from torch import Tensor
 
-from lens_conformance.family import Family
-from lens_conformance.oracle import Pair, new_pair, shared_pair
+from lens_conformance.family import Family, KnownFailure
+from lens_conformance.oracle import Pair, Variant, new_pair, shared_pair
 
-__all__ = ["TIGHT", "Case", "Worst", "error", "pad", "tokens"]
+__all__ = ["TIGHT", "Case", "Deck", "NotThereError", "Worst", "error", "pad", "tokens"]
 
 TIGHT = 1e-9
 """In true float64, of a value's scale: rounding of a few hundred operations stays well below."""
+
+
+class NotThereError(Exception):
+    """A type has not what a check is about, as HF's own config or code shows; says what."""
 
 
 @attrs.define
@@ -67,38 +72,102 @@ def pad(rows: Sequence[Tensor], side: str, amount: int = 0) -> tuple[Tensor, Ten
     return ids, mask
 
 
+class Deck:
+    """Deals options so that over the examples of a check each comes up as often as any other.
+
+    Drawn one by one, a third of a hundred names is left out after a hundred draws; Hypothesis' own draws, which repeat
+    parts of earlier examples on purpose, left half of them out. What a label stands for is dealt until all were there,
+    and then anew in another order.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._left: dict[str, list[Any]] = {}
+
+    def deal(self, label: str, pool: Sequence[Any], count: int = 1) -> list[Any]:
+        """Give some of a pool, no one twice; pools of one label may differ, as names do with the config."""
+        left, found = self._left.setdefault(label, []), list[Any]()
+        while len(found) < min(count, len(pool)):
+            wanted = next((option for option in left if option in pool and option not in found), None)
+            if wanted is None:
+                left[:] = self._random.sample(pool, len(pool))
+            else:
+                left.remove(wanted)
+                found.append(wanted)
+        return found
+
+
 class Case:
-    """What a check is handed: draws, a pair to try them on, and a place to note errors."""
+    """What a check is handed: choices, a pair to try them on, and a place to note errors.
 
-    def __init__(self, family: Family, data: st.DataObject, worst: Worst) -> None:
-        self.family, self._data, self.worst = family, data, worst
+    Hypothesis draws the number that an example's chances come from; everything else follows from it and the deck.
+    """
 
-    def draw(self, strategy: Any, label: str | None = None) -> Any:
-        """Draw from a Hypothesis strategy; the label stands in a failing report."""
-        return self._data.draw(strategy, label=label)
+    def __init__(
+        self,
+        family: Family,
+        number: int,
+        worst: Worst,
+        *,
+        deck: Deck,
+        variants: Sequence[Variant],
+        check: str = "",
+        on: KnownFailure | None = None,
+    ) -> None:
+        self.family, self.worst = family, worst
+        self._random, self._deck, self._variants = random.Random(number), deck, variants
+        self._on, self._elsewhere = on, [known for known in family.known_failures if known.check == check]
+        self.drawn: list[tuple[str, Any]] = []
+        """What was chosen, for a failing report."""
 
-    def choice(self, options: Sequence[Any], label: str | None = None) -> Any:
-        """Draw one of several."""
-        return self.draw(st.sampled_from(list(options)), label)
+    def choice(self, options: Sequence[Any], label: str) -> Any:
+        """Give one of several; over the examples, each as often as the others."""
+        return self._told(label, options[self._deck.deal(label, range(len(options)))[0]])
+
+    def flag(self, label: str) -> bool:
+        """Give True or False."""
+        return self.choice((False, True), label)
+
+    def integer(self, least: int, most: int, label: str) -> int:
+        """Give a number from `least` to `most`, both included; over the examples, each as often as the others."""
+        return self._told(label, self._deck.deal(label, range(least, most + 1))[0])
+
+    def some(self, pool: Sequence[Any], label: str, *, least: int = 1, most: int | None = None) -> list[Any]:
+        """Give several different ones, in their order in the pool."""
+        count = self._random.randint(least, min(len(pool), most or len(pool)))
+        chosen = set(self._random.sample(range(len(pool)), count))
+        return self._told(label, [option for at, option in enumerate(pool) if at in chosen])
+
+    def deal(self, pool: Sequence[str], count: int = 1) -> list[str]:
+        """Give names; over the examples, each as often as the others."""
+        return self._told("names", self._deck.deal("names", pool, count))
+
+    def names(self, pool: Sequence[str], *, most: int = 6) -> list[str]:
+        """Give some of the names, or all of them."""
+        return list(pool) if self.flag("every name") else self.deal(pool, self.integer(1, most, "how many"))
+
+    def _told(self, label: str, value: Any) -> Any:
+        self.drawn.append((label, value))
+        return value
 
     def pair(self, dtype: torch.dtype = torch.float32, *, is_own: bool = False, **overrides: Any) -> Pair:
         """Draw a config, an implementation and weights, and give a pair of them."""
-        drawn = {field: self.choice(values, field) for field, values in self.family.axes.items()}
-        attn = self.choice(self.family.implementations, "attention")
+        variant = self._variants[self._deck.deal("variant", range(len(self._variants)))[0]]
+        drawn = {**variant.overrides, **overrides}
+        if self._on is not None:
+            drawn |= self._on.witness
+        else:
+            config = {**self.family.config, **drawn}
+            assume(not any(known.witness.items() <= config.items() for known in self._elsewhere))
+        self.drawn += [*drawn.items(), ("attention", variant.attn), ("dtype", dtype)]
         make: Any = new_pair if is_own else shared_pair
-        seed = 0 if is_own else self.choice((0, 1), "seed")
-        return make(self.family, overrides={**drawn, **overrides}, attn=attn, seed=seed, dtype=dtype)
+        return make(self.family, overrides=drawn, attn=variant.attn, seed=variant.seed, dtype=dtype)
 
     def tokens(self, *, min_pos: int = 1, max_pos: int = 8, batch: int | None = None) -> Tensor:
         """Draw ids `[batch, pos]`; one row of one token, too."""
-        rows = self.draw(st.integers(1, 3), "rows") if batch is None else batch
-        length = self.draw(st.integers(min_pos, max_pos), "positions")
-        return tokens(rows, length, self.draw(st.integers(0, 5), "words"))
-
-    def names(self, pool: Sequence[str], *, most: int = 6) -> list[str]:
-        """Draw some of the names, or all of them."""
-        some = st.sets(st.sampled_from(list(pool)), min_size=1, max_size=most).map(sorted)
-        return self.draw(st.one_of(st.just(list(pool)), some), "names")
+        rows = self.integer(1, 3, "rows") if batch is None else batch
+        length = self.integer(min_pos, max_pos, "positions")
+        return tokens(rows, length, self._told("words", self._random.randint(0, 5)))
 
     def same(self, name: str, ours: Tensor, expected: Tensor, bound: float = TIGHT) -> None:
         """Assert that two values agree, in units of the scale."""

@@ -1,6 +1,7 @@
 """What the kit is told about one HF model type: tiny configs of it, and, where there is one, its golden forward."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import attrs
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lens_conformance import edits
 
-__all__ = ["Family", "noisy"]
+__all__ = ["Family", "KnownFailure", "noisy"]
 
 Golden = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -25,6 +26,23 @@ def noisy(name: str, parameter: Tensor) -> Tensor:
 
 def _never(name: str) -> bool:
     return False
+
+
+@attrs.frozen(kw_only=True)
+class KnownFailure:
+    """A check that a model type is known to fail, on one fixed witness; where it no longer fails, that is a failure.
+
+    Attributes:
+        check: The check's name.
+        witness: Config fields of the examples on which it fails; all others must pass.
+        reason: What is wrong, and whose it is to mend.
+        since: The day it was found, as `2026-11-28`.
+    """
+
+    check: str
+    witness: Mapping[str, Any] = attrs.field(validator=attrs.validators.min_len(1))
+    reason: str = attrs.field(validator=attrs.validators.min_len(1))
+    since: str = attrs.field(converter=lambda day: date.fromisoformat(day).isoformat())
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -75,6 +93,8 @@ class Family:
     """Sides that a batch may be padded on."""
     dropout: Mapping[str, Any] = attrs.field(factory=dict)
     """Config fields that switch on the dropouts of the type."""
+    known_failures: tuple[KnownFailure, ...] = ()
+    """What is known to be wrong, by check and witness."""
 
     def __str__(self) -> str:
         """Name the model type."""

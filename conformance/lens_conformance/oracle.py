@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,7 +16,7 @@ import lens_core as lens
 from lens_conformance.family import Family
 from lens_conformance.float64 import true_float64
 
-__all__ = ["Pair", "new_pair", "plain", "shared_pair", "tiny_config"]
+__all__ = ["Pair", "Variant", "forget_pairs", "new_pair", "plain", "shared_pair", "tiny_config", "variants"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -42,6 +43,34 @@ class Pair:
         assert self.family.golden is not None
         with torch.no_grad():
             return self.family.golden(self.reference.state_dict(), self.config, tokens, **options)
+
+
+@attrs.frozen(eq=False)
+class Variant:
+    """One tiny model of a family: config fields, the attention implementation, and the seed of its weights."""
+
+    overrides: Mapping[str, Any]
+    attn: str
+    seed: int
+
+
+def variants(family: Family, *, count: int, seed: int = 0) -> list[Variant]:
+    """Combine the values of a family's axes: in `count` variants each value of an axis comes up as often as another.
+
+    Checks share them, since to build a model takes longer than to run it.
+    """
+
+    def spread(name: str, values: Sequence[Any]) -> list[Any]:
+        many = [values[at % len(values)] for at in range(count)]
+        random.Random(f"{seed} {name}").shuffle(many)
+        return many
+
+    axes = {name: spread(name, values) for name, values in family.axes.items()}
+    attn, seeds = spread("attention", family.implementations), spread("weights", (0, 1))
+    return [
+        Variant({name: values[at] for name, values in axes.items()}, attn=attn[at], seed=seeds[at])
+        for at in range(count)
+    ]
 
 
 def tiny_config(family: Family, overrides: Mapping[str, Any]) -> Any:
@@ -78,7 +107,7 @@ def new_pair(
     return Pair(family=family, model=lens.load(hf), hf=hf, reference=reference, dtype=dtype)
 
 
-@functools.lru_cache(maxsize=48)
+@functools.lru_cache(maxsize=128)
 def _shared(family: Family, key: tuple[tuple[str, Any], ...], attn: str, seed: int, dtype: torch.dtype) -> Pair:
     return new_pair(family, overrides={name: value.given for name, value in key}, attn=attn, seed=seed, dtype=dtype)
 
@@ -102,6 +131,11 @@ def shared_pair(
     """Build a pair once for all checks that neither train it nor touch its parameters."""
     key = tuple((name, _ByText(value)) for name, value in sorted(overrides.items()))
     return _shared(family, key, attn, seed, dtype)
+
+
+def forget_pairs() -> None:
+    """Drop the pairs that checks share."""
+    _shared.cache_clear()
 
 
 def plain(one: Pair, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every family that the kit knows, held to every check at the fast level; `--lens-level` asks for more."""
+"""Every family that the kit knows, held to every check; `--lens-level` asks for more or fewer examples."""
 
 import pytest
 from lens_conformance._pytest import try_one
@@ -10,4 +10,4 @@ from lens_conformance.families import known_families
 @pytest.mark.parametrize("check", list(all_checks()))
 def test_conformance(model_type, check, request):
     """A check that is absent or not judged is a skip with its reason."""
-    try_one(model_type, check, request.config, "fast")
+    try_one(model_type, check, request, "default")

@@ -64,6 +64,14 @@ def check(
 
 def all_checks() -> dict[str, Check]:
     """Give every check by name, in the order of the numbers."""
-    from lens_conformance.checks import decoding, editing, gradients, model, reading, ssm  # noqa: F401 - they register
+    from lens_conformance.checks import (  # noqa: F401 - they register
+        capabilities,
+        decoding,
+        editing,
+        gradients,
+        model,
+        reading,
+        ssm,
+    )
 
     return dict(sorted(_CHECKS.items(), key=lambda item: (item[1].number, item[0])))

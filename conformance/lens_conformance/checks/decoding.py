@@ -4,7 +4,6 @@ import itertools
 
 import torch
 from hypothesis import assume
-from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from lens_conformance.case import Case, pad, tokens
@@ -20,9 +19,9 @@ def padding(case: Case) -> None:
     assume(family.paddings)
     with true_float64():
         one = case.pair(torch.float64)
-        lengths = case.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "lengths")
+        lengths = case.some(range(1, 7), "lengths", most=3)
         texts = [tokens(1, n, seed)[0] for seed, n in enumerate(lengths)]
-        ids, mask = pad(texts, case.choice(family.paddings, "side"), case.draw(st.integers(1, 3), "more padding"))
+        ids, mask = pad(texts, case.choice(family.paddings, "side"), case.integer(1, 3, "more padding"))
         with torch.no_grad():
             logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), attention_mask=mask)
             for row, text in enumerate(texts):
@@ -41,7 +40,7 @@ def permutation(case: Case) -> None:
     """Logits and values of a permuted batch are the permuted ones."""
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens(batch=3)
-        order = torch.tensor(case.draw(st.permutations(range(3)), "order"))
+        order = torch.tensor(case.choice(list(itertools.permutations(range(3))), "order"))
         with torch.no_grad():
             logits, cache = one.model.run_with_cache(ids, names_filter=one.names())
             other_logits, other = one.model.run_with_cache(ids[order], names_filter=one.names())
@@ -57,14 +56,14 @@ def split(case: Case) -> None:
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens(min_pos=3, max_pos=7)
         n_pos = ids.shape[1]
-        cut = case.draw(st.integers(1, n_pos - 1), "prefill")
-        chunk = case.draw(st.integers(1, n_pos - cut), "chunk") if family.chunks else 1
+        cut = case.integer(1, n_pos - 1, "prefill")
+        chunk = case.integer(1, n_pos - cut, "chunk") if family.chunks else 1
         bounds = [0, cut, *range(cut + chunk, n_pos, 1), n_pos] if cut + chunk < n_pos else [0, cut, n_pos]
         if not family.chunks:
             bounds = [0, *range(cut, n_pos + 1)]
         pool = [name for name in one.names() if family.decodes(name)]
-        edited = case.choice([None, *pool], "edited")
-        entries = [] if edited is None else [(edited, family.edit_at(edited, causal=True))]
+        edited = case.deal(pool, case.integer(0, 2, "edits"))
+        entries = [(name, family.edit_at(name, causal=True)) for name in edited]
         past = DynamicCache(config=one.hf.config)
         with torch.no_grad(), one.model.hooks(fwd_hooks=entries):
             logits, whole = one.model.run_with_cache(ids, names_filter=one.names())
@@ -78,17 +77,17 @@ def split(case: Case) -> None:
                     expected = whole[name].narrow(family.pos_axis(name), start, stop - start)
                     key = family.key_axis(name)
                     expected = expected if key is None else expected.narrow(key, 0, stop)
-                    case.same(f"{name} in the call of {start} to {stop}, edit at {edited}", cache[name], expected)
-        case.same(f"the logits in parts, edit at {edited}", torch.cat(pieces, dim=1), logits)
+                    case.same(f"{name} in the call of {start} to {stop}, edits at {edited}", cache[name], expected)
+        case.same(f"the logits in parts, edits at {edited}", torch.cat(pieces, dim=1), logits)
 
 
 @check(18, "greedy generation is HF's", judge="hf", needs=Capability.GENERATE)
 def generation(case: Case) -> None:
     """With everything read, padded or not, whatever the prompt's length."""
     one = case.pair()
-    length = case.draw(st.integers(1, 20), "prompt")
+    length = case.integer(1, 20, "prompt")
     ids, mask = tokens(2, length, length), torch.ones(2, length, dtype=torch.long)
-    if "left" in case.family.paddings and case.draw(st.booleans(), "padded"):
+    if "left" in case.family.paddings and case.flag("padded"):
         ids, mask = pad([tokens(1, n, n)[0] for n in (length, max(1, length // 2))], "left")
     options = {"max_new_tokens": 4, "do_sample": False}
     expected = one.reference.generate(ids, attention_mask=mask, eos_token_id=None, pad_token_id=28, **options)
@@ -102,7 +101,7 @@ def layers(case: Case) -> None:
     """The stream that enters a block, and the logits from there."""
     one, ids = case.pair(), case.tokens()
     n_layers = one.model.cfg.n_layers
-    layer = case.draw(st.integers(0, n_layers), "layer")
+    layer = case.integer(0, n_layers, "layer")
     with torch.no_grad():
         logits, cache = one.model.run_with_cache(ids, names_filter=["resid_pre", "resid_post"])
         stream = cache["resid_pre", layer] if layer < n_layers else cache["resid_post", -1]

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 from lens_conformance.case import TIGHT, Case, error
 from lens_conformance.checks import check
 from lens_conformance.edits import only_at
 from lens_conformance.float64 import true_float64
-from lens_conformance.oracle import plain
+from lens_conformance.oracle import Pair, plain
 
 MOVES = 1e-6
 """How far an edit must move the logits at least, of their scale: rounding in float64 is 1e-13."""
@@ -21,22 +20,15 @@ def edits(case: Case) -> None:
     family = case.family
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens()
-        pool = one.names()
-        chosen = [case.choice(pool, "name")]
-        chosen += case.draw(st.lists(st.sampled_from(pool), max_size=2), "more names")
         program: dict[str, Any] = {}
         entries: list[tuple[Any, ...]] = []
-        for name in dict.fromkeys(chosen):
+        for name in case.deal(one.names(), case.integer(1, 3, "edits")):
             edit, axis = family.edit_at(name), family.pos_axis(name)
             where = None
-            if (
-                axis is not None
-                and not family.per_position(name)
-                and case.draw(st.booleans(), f"{name} at some positions")
-            ):
-                where = sorted(case.draw(st.sets(st.integers(0, ids.shape[1] - 1), min_size=1), "positions"))
+            if axis is not None and not family.per_position(name) and case.flag("at some positions"):
+                where = case.some(range(ids.shape[1]), "edited positions")
             program[name] = edit if where is None else only_at(name, edit, where)
-            if where is None and case.draw(st.booleans(), f"{name} in place"):
+            if where is None and case.flag("in place"):
                 edit = _in_place(edit)
             entries.append((name, edit) if where is None else (name, edit, where))
         expected_logits, expected = one.golden(ids, edits=program)
@@ -59,12 +51,12 @@ def liveness(case: Case) -> None:
     """Far above rounding; a place that nothing reads is no hook point."""
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens(min_pos=2)
-        name = case.choice(one.names(), "name")
         with torch.no_grad():
             unedited = plain(one, ids)
-            ours = one.model.run_with_hooks(ids, fwd_hooks=[(name, case.family.edit_at(name))])
-    moved = float((ours - unedited).abs().max()) / max(1.0, float(unedited.abs().max()))
-    assert moved > MOVES, f"an edit at {name} moves the logits by {moved:.1e} of their scale"
+            for name in case.deal(one.names(), 5):
+                ours = one.model.run_with_hooks(ids, fwd_hooks=[(name, case.family.edit_at(name))])
+                moved = float((ours - unedited).abs().max()) / max(1.0, float(unedited.abs().max()))
+                assert moved > MOVES, f"an edit at {name} moves the logits by {moved:.1e} of their scale"
 
 
 @check(10, "an edit leaves everything before it as it was", judge="law")
@@ -73,18 +65,22 @@ def locality(case: Case) -> None:
     family = case.family
     one, ids = case.pair(), case.tokens(min_pos=3)
     names = [name for name in one.names() if name in one.model.table]
-    order = {name: at for at, name in enumerate(one.model.table)}
-    name = case.choice([n for n in names if family.pos_axis(n) is not None], "name")
-    first = case.draw(st.integers(1, ids.shape[1] - 1), "position")
-    edit = family.edit_at(name, causal=True)
-    entry = (name, only_at(name, edit, range(first, ids.shape[1])))
-    layer = one.model.table[name].layer
+    first = case.integer(1, ids.shape[1] - 1, "position")
     with torch.no_grad():
         _, before = one.model.run_with_cache(ids, names_filter=names)
-        with one.model.hooks(fwd_hooks=[entry]):
+    for name in case.deal([n for n in names if family.pos_axis(n) is not None], 3):
+        entry = (name, only_at(name, family.edit_at(name, causal=True), range(first, ids.shape[1])))
+        with torch.no_grad(), one.model.hooks(fwd_hooks=[entry]):
             _, after = one.model.run_with_cache(ids, names_filter=names)
-    for other in names:
-        point, axis = one.model.table[other], family.pos_axis(other)
+        _is_local(case, one, name, first, before, after)
+
+
+def _is_local(case: Case, one: Pair, name: str, first: int, before: Any, after: Any) -> None:
+    """Compare what is computed before a name, and what other names have before a position."""
+    order = {other: at for at, other in enumerate(one.model.table)}
+    layer = one.model.table[name].layer
+    for other in before:
+        point, axis = one.model.table[other], case.family.pos_axis(other)
         is_earlier_layer = point.layer is not None and layer is not None and point.layer < layer
         if is_earlier_layer or (point.layer is None and order[other] < order[name] and layer is not None):
             case.equal(f"{other}, which comes before the edit at {name}", after[other], before[other])

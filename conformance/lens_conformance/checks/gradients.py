@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 from lens_conformance.case import Case
 from lens_conformance.checks import check
@@ -32,7 +31,7 @@ def gradients(case: Case) -> None:
     family = case.family
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens(max_pos=5)
-        name = case.choice([n for n in one.names() if family.gradient(n)], "name")
+        [name] = case.deal([n for n in one.names() if family.gradient(n)])
         kind = case.choice(("plain", "edited", "detached"), "kind")
         edits: dict[str, Any] = {
             "edited": {name: family.edit_at(name)},
@@ -100,7 +99,7 @@ def parameter_gradients(case: Case) -> None:
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens()
         names = [n for n in one.names() if case.family.gradient(n) and not case.family.apart(n)]
-        chosen = case.draw(st.sets(st.sampled_from(names), min_size=1, max_size=4).map(sorted), "names")
+        chosen = case.deal(names, 4)
         for model in (one.hf, one.reference):
             model.zero_grad(set_to_none=True)
         metric(plain(one, ids)).backward()

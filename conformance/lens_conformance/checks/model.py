@@ -1,6 +1,5 @@
-"""Properties 13, 23, 25, 27, 28 and 30: the model stays what it was, weights and records are what they claim."""
+"""Properties 13, 23, 25, 27 and 28: the model stays what it was, weights and records are what they claim."""
 
-import subprocess
 import sys
 import tempfile
 import threading
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 import lens_core as lens
 from lens_conformance.case import Case, tokens
@@ -32,7 +30,7 @@ def clean(case: Case) -> None:
     handle = one.hf.register_forward_hook(lambda module, given, output: calls.append(1))
     one.hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     before = fingerprint(one.hf)
-    name, wrong = case.choice(one.names(), "edited"), case.choice(one.names(), "raises")
+    name, wrong = case.deal(one.names(), 2)
 
     def boom(x: torch.Tensor, hook: Any) -> None:
         raise _BoomError
@@ -131,7 +129,7 @@ def threads(case: Case) -> None:
     """One plain, one that reads, one that edits, on one model at once."""
     with true_float64():
         one, ids = case.pair(torch.float64), case.tokens()
-        name = case.choice(one.names(), "edited")
+        [name] = case.deal(one.names())
         with torch.no_grad():
             unedited = plain(one, ids)
             edited = one.model.run_with_hooks(ids, fwd_hooks=[(name, case.family.edit_at(name))])
@@ -146,9 +144,13 @@ def threads(case: Case) -> None:
         def work(job: Any, expected: torch.Tensor) -> None:
             start.wait()
             for _ in range(4):
-                with Wide(), torch.no_grad():
-                    if not torch.equal(job(), expected):
-                        failures.append(f"with an edit at {name} in another thread")
+                try:
+                    with Wide(), torch.no_grad():
+                        is_same = torch.equal(job(), expected)
+                except Exception as error:
+                    failures.append(f"with an edit at {name} in another thread: {error}")
+                else:
+                    failures.extend([] if is_same else [f"with an edit at {name} in another thread, other logits"])
 
         running = [threading.Thread(target=work, args=job) for job in jobs]
         interval = sys.getswitchinterval()
@@ -182,36 +184,31 @@ def configuration(case: Case) -> None:
         with torch.no_grad():
             ours, expected = other.hf(ids), base.hf(ids)
         case.equal(f"the logits with the ignored {name} changed", ours.logits, expected.logits)
-    held = {*architecture.config_handled, *architecture.config_ignored}
-    from transformers import PreTrainedConfig
+    hf = new_pair(family).hf
+    hf.config.__class__ = _grown(type(hf.config))
+    hf.config.field_of_a_later_release = 1
+    try:
+        lens.load(hf)
+    except UnsupportedConfigError as error:
+        told = str(error)
+    else:
+        raise AssertionError("a config field that nobody declared, at another value than its default, loads")
+    assert "field_of_a_later_release=1" in told, f"the refusal does not name the field and its value: {told}"
 
-    open_fields = sorted(vars(default).keys() - vars(PreTrainedConfig()).keys() - held)
-    open_fields = [name for name in open_fields if isinstance(getattr(default, name), bool | int | float)]
-    if open_fields:
-        name = case.choice(open_fields, "field that nobody declared")
-        hf, value = new_pair(family).hf, getattr(default, name)
-        setattr(hf.config, name, _another(value))
-        try:
-            lens.load(hf)
-        except UnsupportedConfigError as error:
-            told = str(error)
-        else:
-            raise AssertionError(f"{name} is neither handled nor ignored, and another value of it loads")
-        assert name in told, f"the refusal does not name {name}: {told}"
+
+def _grown(config_class: Any) -> Any:
+    """Make HF's config class as a later release may have it: with one more field."""
+
+    class Grown(config_class):  # pyright: ignore[reportUntypedBaseClass]
+        """The class and a field."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.field_of_a_later_release = 0
+
+    return Grown
 
 
 def _another(value: Any) -> Any:
     """Give another value of the same kind, within what HF's configs let pass."""
     return (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 + 0.25
-
-
-@check(30, "the descriptor imports neither torch nor transformers", judge="law", share=0.05)
-def discovery(case: Case) -> None:
-    """In a fresh interpreter."""
-    from lens_core._registry import active_registry
-
-    package = active_registry().resolve(case.family.model_type).implementation.partition(".")[0].partition(":")[0]
-    code = f"import sys, {package}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "[]", f"importing {package} brings {result.stdout or result.stderr}"
-    case.draw(st.booleans())  # Hypothesis wants one draw

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
-from lens_conformance.case import Case
+from lens_conformance.case import Case, NotThereError
 from lens_conformance.checks import check
 from lens_conformance.float64 import true_float64
-from lens_conformance.oracle import new_pair
+from lens_conformance.oracle import new_pair, tiny_config
 from lens_core.analysis.ssm_scan import mixer_layers
 from lens_core.analysis.ssm_tokens import mixer_tokens
 from lens_core.plugin import Capability
@@ -26,12 +25,12 @@ def effective_attention(case: Case) -> None:
         one, ids = case.pair(torch.float64), case.tokens()
         layer = case.choice(mixer_layers(one.model.table), "layer")
         entries: list[Any] = []
-        if case.draw(st.booleans(), "edited"):
+        if case.flag("edited"):
             entries = [(f"blocks.{layer}.mixer.hook_delta", lambda x, hook: x * 0.7)]
         with torch.no_grad(), one.model.hooks(fwd_hooks=entries):
             _, cache = one.model.run_with_cache(ids, names_filter=one.names())
-        skip = case.draw(st.booleans(), "skip")
-        for target in (None, case.draw(st.integers(0, ids.shape[1] - 1), "target")):
+        skip = case.flag("skip")
+        for target in (None, case.integer(0, ids.shape[1] - 1, "target")):
             found = cache.effective_attention(layer, target=target, skip=skip)
             assert found.error is not None
             case.worst.note(found.error, 1e-9)
@@ -50,7 +49,7 @@ def state(case: Case) -> None:
         one, ids = case.pair(torch.float64), case.tokens(min_pos=3)
         layer = case.choice(mixer_layers(one.model.table), "layer")
         name = f"blocks.{layer}.mixer.hook_ssm_state"
-        places = sorted(case.draw(st.sets(st.integers(0, ids.shape[1] - 1), min_size=1), "positions"))
+        places = case.some(range(ids.shape[1]), "edited positions")
 
         def halve(x: torch.Tensor, hook: Any) -> torch.Tensor:
             return torch.where(torch.isin(hook.positions, torch.tensor(places))[0], x * 0.5 + 0.1, x)
@@ -72,11 +71,11 @@ def state(case: Case) -> None:
 @check(29, "the chunk size does not matter", judge="hf", share=0.4, needs=Capability.SSM_STATE)
 def chunks(case: Case) -> None:
     """Logits and every value, where the config has a chunk size."""
-    if "chunk_size" not in case.family.config:
-        return
+    if not hasattr(tiny_config(case.family, {}), "chunk_size"):
+        raise NotThereError("HF's config has no chunk size")
     with true_float64():
         ids = case.tokens(min_pos=2)
-        sizes = case.draw(st.lists(st.integers(1, 9), min_size=2, max_size=2, unique=True), "chunk sizes")
+        sizes = case.some(range(1, 10), "chunk sizes", least=2, most=2)
         first, second = (new_pair(case.family, overrides={"chunk_size": size}, dtype=torch.float64) for size in sizes)
         with torch.no_grad():
             logits, cache = first.model.run_with_cache(ids, names_filter=first.names())

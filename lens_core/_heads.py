@@ -29,6 +29,7 @@ class Projection:
 
     path: str
     columns: Columns
+    """With `heads`."""
     norm: str | None = None
     """A norm between this projection and the rotary embedding."""
     norm_takes: Literal["heads", "heads_first", "whole"] = "heads"
@@ -190,18 +191,11 @@ def _project_heads(
     """Apply one head's columns of a projection to each input."""
     with linear_weight(module) as linear:
         if linear is None:  # quantised or adapted: only the module knows its weight; each keeps its own head's columns
-            full = [
-                module.forward(inputs[:, :, index])[..., columns.start : columns.stop] for index in range(len(heads))
-            ]
-            width = (columns.stop - columns.start) // (columns.heads or 1)
-            return torch.stack([f.unflatten(-1, (-1, width))[:, :, h] for f, h in zip(full, heads, strict=True)], dim=2)
+            each = [columns.pick(module.forward(inputs[:, :, i]))[:, :, head] for i, head in enumerate(heads)]
+            return torch.stack(each, dim=2)
         weight, bias = linear
-        n_heads = columns.heads or 1
-        own = rearrange(weight[:, columns.start : columns.stop], "d (h e) -> d h e", h=n_heads)[:, heads]
-        out = torch.einsum("bphd,dhe->bphe", inputs, own)
-        if bias is not None:
-            out = out + rearrange(bias[columns.start : columns.stop], "(h e) -> h e", h=n_heads)[heads]
-        return out
+        out = torch.einsum("bphd,dhe->bphe", inputs, columns.pick(weight)[:, heads])
+        return out if bias is None else out + columns.pick(bias)[heads]
 
 
 @attrs.frozen(kw_only=True)

@@ -24,6 +24,8 @@ class NormKind:
     """Normalized input to what the norm hands on, in the normalized input's dtype."""
     centres: bool
     """Whether the mean is subtracted first."""
+    equation: str = "normalized * gain"
+    """What the norm hands on."""
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -50,7 +52,13 @@ def _layer_norm_affine(module: Any, normalized: Float[Tensor, "*batch d_model"])
     return out.to(normalized.dtype)
 
 
-LAYER_NORM = NormKind(name="LN", split=_layer_norm_split, affine=_layer_norm_affine, centres=True)
+LAYER_NORM = NormKind(
+    name="LN",
+    split=_layer_norm_split,
+    affine=_layer_norm_affine,
+    centres=True,
+    equation="normalized * gain + bias",
+)
 
 
 def _rms_split(
@@ -83,4 +91,10 @@ def _rms_affine_offset(module: Any, normalized: Float[Tensor, "*batch d_model"])
 
 RMS_NORM = NormKind(name="RMS", split=_rms_split, affine=_rms_affine, centres=False)
 RMS_NORM_GAIN_FIRST = NormKind(name="RMS", split=_rms_split, affine=_rms_affine_gain_first, centres=False)
-RMS_NORM_OFFSET = NormKind(name="RMS", split=_rms_split, affine=_rms_affine_offset, centres=False)
+RMS_NORM_OFFSET = NormKind(
+    name="RMS",
+    split=_rms_split,
+    affine=_rms_affine_offset,
+    centres=False,
+    equation="normalized * (1 + gain)",
+)

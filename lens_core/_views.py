@@ -41,23 +41,46 @@ class Whole:
 
 @attrs.frozen(kw_only=True)
 class Columns:
-    """Columns `start` to `stop` of the last axis, cut into heads where `heads` is given."""
+    """Columns `start` to `stop` of the last axis, or of each of its `groups` equal parts; cut into `heads` if given.
 
-    start: int
-    stop: int
+    The queries of a fused projection, of `h` heads of width `e`, and of `g` key heads, are for instance
+
+    - `Columns(stop=h * e, heads=h)` where all queries stand before all keys and values (GPT-2, Phi-3),
+    - `Columns(stop=e, heads=h, groups=h)` where each head has its query, key and value together (GPT-NeoX, BLOOM),
+    - `Columns(stop=h // g * e, heads=h, groups=g)` where each key head has its queries, key and value together
+      (Falcon).
+
+    The value is a view of the tensor, except where a group has several heads and other columns besides.
+
+    Example:
+        >>> fused = torch.arange(12).view(1, 1, 12)  # two heads of width 2: q q k k v v, twice
+        >>> Columns(start=2, stop=4, heads=2, groups=2).pick(fused).tolist()
+        [[[[2, 3], [8, 9]]]]
+    """
+
+    start: int = 0
+    stop: int | None = None
+    """None for all that follow."""
     heads: int | None = None
+    """How many heads the columns of all groups together are: the value is `[..., heads, width]`."""
+    groups: int = 1
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """Show the columns of a tensor, or of a weight `[in, out]`."""
+        own = _parts(tensor, self.groups)[..., self.start : self.stop]
+        return own.flatten(-2) if self.heads is None else _parts(own, self.heads // self.groups).flatten(-3, -2)
 
     def read(self, tensor: Tensor, run: "Run") -> Tensor:
-        """Show the columns, as a view."""
-        shown = tensor[..., self.start : self.stop]
-        return shown if self.heads is None else split_heads(shown, self.heads)
+        """Show the columns."""
+        return self.pick(tensor)
 
     def write(self, tensor: Tensor, value: Tensor) -> Tensor:
         """Put new columns beside the old ones, in a new tensor."""
         flat = value if self.heads is None else value.flatten(-2)
-        if self.start == 0 and self.stop == tensor.shape[-1]:
+        own, old = _parts(flat, self.groups), _parts(tensor, self.groups)
+        if own.shape[-1] == old.shape[-1]:
             return flat
-        return torch.cat([tensor[..., : self.start], flat, tensor[..., self.stop :]], dim=-1)
+        return torch.cat([old[..., : self.start], own, old[..., self.start + own.shape[-1] :]], dim=-1).flatten(-2)
 
 
 @attrs.frozen(kw_only=True)
@@ -76,6 +99,6 @@ class HeadsFirst:
 WHOLE = Whole()
 
 
-def split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """See the last axis as heads: `[..., heads * width]` as `[..., heads, width]`."""
-    return tensor.view(*tensor.shape[:-1], heads, tensor.shape[-1] // heads)
+def _parts(tensor: Tensor, count: int) -> Tensor:
+    """See the last axis as equal parts: `[..., count * width]` as `[..., count, width]`."""
+    return tensor.view(*tensor.shape[:-1], count, tensor.shape[-1] // count)

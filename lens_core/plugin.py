@@ -28,6 +28,7 @@ from lens_core._hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from lens_core._call import ModuleCall
+    from lens_core._contract import point
     from lens_core._convolution import convolution, convolution_step
     from lens_core._declaration import CallInput, Declaration, LensConfig, NormPlace
     from lens_core._functions import Slot, function_slot
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from lens_core._norms import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
     from lens_core._offload import loaded
     from lens_core._plan import ModuleStep, Run, SlotStep
+    from lens_core._points import head_input_points, norm_points, projection_points, unembedding_points
+    from lens_core._rotary import rotary_reach
     from lens_core._scan import INSIDE_SCAN, Scan, run_scan
     from lens_core._watch import Watch
     from lens_core.hook_points import HookPoint
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
         View,
         Whole,
     )
-    from lens_core.weights import WeightView
+    from lens_core.weights import WeightView, weight_and_bias
 
 __all__ = [
     "API_VERSION",
@@ -112,9 +115,16 @@ __all__ = [
     "convolution",
     "convolution_step",
     "function_slot",
+    "head_input_points",
     "hookimpl",
     "loaded",
+    "norm_points",
+    "point",
+    "projection_points",
+    "rotary_reach",
     "run_scan",
+    "unembedding_points",
+    "weight_and_bias",
     "with_gradient_of",
 ]
 
@@ -158,7 +168,12 @@ _LAZY = {  # name -> the module that defines it
         "lens_core.seams",
     ),
     "HookPoint": "lens_core.hook_points",
-    "WeightView": "lens_core.weights",
+    "point": "lens_core._contract",
+    "rotary_reach": "lens_core._rotary",
+    **dict.fromkeys(
+        ("head_input_points", "norm_points", "projection_points", "unembedding_points"), "lens_core._points"
+    ),
+    **dict.fromkeys(("WeightView", "weight_and_bias"), "lens_core.weights"),
 }
 
 

@@ -197,7 +197,7 @@ def test_backward_functions_may_edit_the_gradient(subject, attn):
     with true_float64():
         one, tokens, got = pair(subject, dtype=torch.float64, attn=attn), random_tokens(2, 5), []
         mid = "blocks.1.hook_resid_mid" if "blocks.1.hook_resid_mid" in one.names() else "blocks.1.hook_resid_post"
-        inner = "blocks.1.hook_attn_out" if mid.endswith("mid") else "blocks.1.hook_mixer_out"
+        inner = "blocks.1.hook_attn_out" if "blocks.1.hook_attn_out" in one.names() else "blocks.1.hook_mixer_out"
         cuts, _ = expected_gradients(one, tokens)
         entries = [(mid, lambda g, hook: g * 3.0), (inner, lambda g, hook: got.append(g.clone()))]
         logits = one.model.run_with_hooks(tokens, bwd_hooks=entries)

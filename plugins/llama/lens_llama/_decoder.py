@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_core.plugin import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
 
-__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse", "n_ctx", "qk_norm"]
+__all__ = ["DECODERS", "Decoder", "eps", "finish", "has_rotary", "is_parallel", "is_sparse", "qk_norm"]
 
 Norms: TypeAlias = Literal["pre", "sandwich", "post"]
 
@@ -86,18 +86,6 @@ def eps(config: Any) -> float:
     """Give the norms' epsilon, under whichever name the type has it."""
     names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     return next(getattr(config, name) for name in names if hasattr(config, name))
-
-
-def n_ctx(config: Any) -> int:
-    """Give the most positions that rotary embeddings reach: stretched ones go beyond what the config says.
-
-    Kinds that keep the length before stretching reach a multiple of it, which the config may also have as its own.
-    """
-    rope: Any = config.rope_parameters or {}
-    if rope.get("rope_type") in ("linear", "dynamic"):
-        return int(config.max_position_embeddings * rope.get("factor", 1.0))
-    stretched = rope.get("original_max_position_embeddings", 0) * rope.get("factor", 1.0)
-    return max(config.max_position_embeddings, int(stretched))
 
 
 def qk_norm(config: Any) -> QkNorm | None:

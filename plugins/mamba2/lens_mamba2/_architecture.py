@@ -5,7 +5,8 @@ calls: their places are inside functions, see `_kernel.py`.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +20,22 @@ from lens_core.plugin import (
     LensConfig,
     ModuleInput,
     ModuleOutput,
-    NormInside,
     NormPlace,
     Tokens,
-    Unembedding,
     WeightView,
+    norm_points,
+    point,
+    unembedding_points,
+    weight_and_bias,
 )
 from lens_mamba2._calls import read_call
 from lens_mamba2._kernel import KERNEL
 
-RESIDUAL = "batch pos d_model"
+BLOCK = "backbone.layers.{layer}"
+NORMS = {
+    "norm": NormPlace(path=f"{BLOCK}.norm", kind=RMS_NORM),
+    "ln_final": NormPlace(path="backbone.norm_f", kind=RMS_NORM),
+}
 HEADS = "batch pos n_heads"
 PER_HEAD = "batch pos n_heads head_dim"
 HEAD_STATES = "batch pos n_heads head_dim d_state"
@@ -56,21 +63,17 @@ def Mamba2(config: Any) -> Declaration:
     )
     low, high = config.time_step_limit
     stream = "float32" if config.residual_in_fp32 else "model"
-    blocks = (point for layer in range(cfg.n_layers) for point in _block(layer, config, stream))
     return Declaration(
         cfg=cfg,
         base="backbone",
         blocks="backbone.layers",
         embed="backbone.embeddings",
         unembed="lm_head",
-        norms={
-            "norm": NormPlace(path="backbone.layers.{layer}.norm", kind=RMS_NORM),
-            "ln_final": NormPlace(path="backbone.norm_f", kind=RMS_NORM),
-        },
-        points=(*_before(), *blocks, *_after(stream)),
+        norms=NORMS,
+        points=tuple(_points(config, stream)),
         writers=("hook_mixer_out",),
         embeddings=("hook_embed",),
-        weights=tuple(_weights(cfg, config)),
+        weights=tuple(_weights()),
         aliases={
             f"blocks.{layer}.mixer.hook_inner_norm": f"blocks.{layer}.mixer.hook_gated" for layer in range(cfg.n_layers)
         },
@@ -78,57 +81,34 @@ def Mamba2(config: Any) -> Declaration:
     )
 
 
-def _before() -> Iterator[HookPoint]:
-    yield HookPoint(
-        name="hook_tokens", shape="batch pos", dtype="int64", equation="token ids", seam=Tokens(path="backbone")
-    )
-    yield HookPoint(
-        name="hook_embed",
-        shape=RESIDUAL,
-        equation="W_E[tokens] = blocks.0.hook_resid_pre",
-        seam=Embedding(base="backbone", path="backbone.embeddings"),
-    )
+def _points(config: Any, stream: str) -> Iterator[HookPoint]:
+    yield point("hook_tokens", Tokens(path="backbone"))
+    embedding = Embedding(base="backbone", path="backbone.embeddings")
+    yield point("hook_embed", embedding, equation="W_E[tokens] = blocks.0.hook_resid_pre")
+    for layer in range(config.num_hidden_layers):
+        yield from _block(config, layer, stream)
+    yield from norm_points("ln_final", NORMS["ln_final"], dtype=stream)
+    yield from unembedding_points("backbone", "lm_head", finish=Tensor.float, dtype="float32")
 
 
-def _norm(name: str, path: str, layer: int | None, dtype: str) -> Iterator[HookPoint]:
-    for part, shape, equation, seam in (
-        ("scale", "batch pos 1", "sqrt(mean(x^2) + eps)", NormInside(path=path, part="scale", kind=RMS_NORM)),
-        ("normalized", RESIDUAL, "x / scale", NormInside(path=path, part="normalized", kind=RMS_NORM)),
-        ("out", RESIDUAL, "normalized * gain", ModuleOutput(path=path)),
-    ):
-        yield HookPoint(name=f"{name}.hook_{part}", layer=layer, shape=shape, equation=equation, seam=seam, dtype=dtype)
-
-
-def _block(layer: int, config: Any, stream: str) -> Iterator[HookPoint]:
-    hf = f"backbone.layers.{layer}"
-
-    def point(name: str, shape: str, equation: str, seam: Any, **options: Any) -> HookPoint:
-        name = f"blocks.{layer}.{name}"
-        return HookPoint(name=name, layer=layer, shape=shape, equation=equation, seam=seam, **options)
-
+def _block(config: Any, layer: int, stream: str) -> Iterator[HookPoint]:
+    hf, here = BLOCK.format(layer=layer), partial(point, layer=layer)
     # The embeddings are in the model's dtype; the first block's sum makes the stream what residual_in_fp32 says.
-    entering = stream if layer else "model"
-    yield point("hook_resid_pre", RESIDUAL, "what enters the block", ModuleInput(path=hf), dtype=entering)
-    copy = ModuleInput(path=f"{hf}.norm", is_copy=True)
-    yield point("hook_mixer_in", RESIDUAL, "a copy of resid_pre, before the norm", copy, default=False)
-    yield from _norm(f"blocks.{layer}.norm", f"{hf}.norm", layer, "model")
-    yield from _mixer(point, f"{hf}.mixer", config)
-    yield point(
-        "hook_mixer_out",
-        RESIDUAL,
-        "gated W_out_proj + b_out_proj, added to the stream",
-        ModuleOutput(path=f"{hf}.mixer"),
-    )
-    yield point("hook_resid_post", RESIDUAL, "resid_pre + mixer_out", ModuleOutput(path=hf), dtype=stream)
+    yield here("hook_resid_pre", ModuleInput(path=hf), dtype=stream if layer else "model")
+    yield here("hook_mixer_in", ModuleInput(path=f"{hf}.norm", is_copy=True))
+    yield from norm_points("norm", NORMS["norm"], layer=layer)
+    yield from _mixer(here, f"{hf}.mixer", config)
+    yield here("hook_mixer_out", ModuleOutput(path=f"{hf}.mixer"), equation="gated W_out_proj + b_out_proj")
+    yield here("hook_resid_post", ModuleOutput(path=hf), equation="resid_pre + mixer_out", dtype=stream)
 
 
-def _mixer(point: Callable[..., HookPoint], path: str, config: Any) -> Iterator[HookPoint]:
+def _mixer(here: Callable[..., HookPoint], path: str, config: Any) -> Iterator[HookPoint]:
     inner, shared = config.num_heads * config.head_dim, config.n_groups * config.state_size
 
     def inside(part: str, shape: str, equation: str, **options: Any) -> HookPoint:
         seam = InsideMixer(path=path, part=part, kernel=KERNEL)
         name = "inner_norm.hook_scale" if part == "inner_norm" else f"hook_{part}"
-        return point(f"mixer.{name}", shape, equation, seam, **options)
+        return here(f"mixer.{name}", seam, shape=shape, equation=equation, **options)
 
     conv, projected = f"batch pos {inner + 2 * shared}", f"batch pos {2 * inner + 2 * shared + config.num_heads}"
     yield inside("in_proj", projected, "[z | xBC | dt] = W_in_proj norm.out (+ b_in_proj)")
@@ -152,36 +132,19 @@ def _mixer(point: Callable[..., HookPoint], path: str, config: Any) -> Iterator[
     )
 
 
-def _after(stream: str) -> Iterator[HookPoint]:
-    yield from _norm("ln_final", "backbone.norm_f", None, stream)
-    ends: tuple[tuple[str, str, str, Literal["in", "out", "logits"], str], ...] = (
-        ("unembed.hook_in", RESIDUAL, "what the unembedding receives", "in", "model"),
-        ("unembed.hook_out", "batch pos d_vocab", "unembed.in W_U", "out", "model"),
-        ("hook_logits", "batch pos d_vocab", "the logits, in float32", "logits", "float32"),
-    )
-    for name, shape, equation, part, dtype in ends:
-        seam = Unembedding(base="backbone", path="lm_head", part=part, finish=Tensor.float)
-        yield HookPoint(name=name, shape=shape, equation=equation, seam=seam, dtype=dtype)
-
-
 def _negative_exp(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.float())
 
 
-def _weights(cfg: LensConfig, config: Any) -> Iterator[WeightView]:
+def _weights() -> Iterator[WeightView]:
+    mixer = f"{BLOCK}.mixer"
     yield WeightView(name="W_E", path="backbone.embeddings")
-    yield WeightView(name="W_U", path="lm_head")
-    yield WeightView(name="b_U", path="lm_head", part="bias", width=cfg.d_vocab)
-    mixer, inner = "backbone.layers.{layer}.mixer", config.num_heads * config.head_dim
-    conv = inner + 2 * config.n_groups * config.state_size
-    yield WeightView(name="W_in_proj", path=f"{mixer}.in_proj")
-    yield WeightView(name="b_in_proj", path=f"{mixer}.in_proj", part="bias", width=inner + conv + config.num_heads)
-    yield WeightView(name="W_conv", path=f"{mixer}.conv1d", pattern="c 1 k -> c k")
-    yield WeightView(name="b_conv", path=f"{mixer}.conv1d", part="bias", width=conv)
+    yield from weight_and_bias("U", "lm_head")
+    yield from weight_and_bias("in_proj", f"{mixer}.in_proj")
+    yield from weight_and_bias("conv", f"{mixer}.conv1d", pattern="c 1 k -> c k")
     yield WeightView(name="b_dt", path=mixer, part="dt_bias")
     yield WeightView(name="A_log", path=mixer, part="A_log")
     yield WeightView(name="A", path=mixer, part="A_log", function=_negative_exp)
     yield WeightView(name="D", path=mixer, part="D")
     yield WeightView(name="W_inner_norm", path=f"{mixer}.norm")
-    yield WeightView(name="W_out_proj", path=f"{mixer}.out_proj")
-    yield WeightView(name="b_out_proj", path=f"{mixer}.out_proj", part="bias", width=config.hidden_size)
+    yield from weight_and_bias("out_proj", f"{mixer}.out_proj")

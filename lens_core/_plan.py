@@ -4,6 +4,7 @@ A `Run` is one innermost stretch of hooked calls of one HF model in one context.
 point that was asked for; seams turn groups of watches into steps; all steps at one side of one module share a tap.
 """
 
+import difflib
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -115,8 +116,27 @@ class Run:
         """Find a module of the HF model by its path; the empty path is the model."""
         found = self._modules.get(path)
         if found is None:
-            found = self._modules[path] = self.hf_model.get_submodule(path)
+            try:
+                found = self._modules[path] = self.hf_model.get_submodule(path)
+            except AttributeError:
+                raise UnsupportedHookError(self._absence_of(path)) from None
         return found
+
+    def _absence_of(self, path: str) -> str:
+        """Say which declared module is not there, whose place it is, and what is there."""
+        parent, at, rest = self.hf_model, "", path.split(".")
+        children: dict[str, nn.Module] = dict(parent.named_children())
+        while rest[0] in children:
+            parent, at = children[rest[0]], f"{at}.{rest[0]}".lstrip(".")
+            rest, children = rest[1:], dict(parent.named_children())
+        names = [watch.name for watch in self.watches if getattr(watch.point.seam, "path", None) == path]
+        there = ", ".join(children) or "no modules"
+        near = difflib.get_close_matches(rest[0], list(children), n=1)
+        return (
+            f"{f'{names[0]!r} is declared at' if names else 'the architecture declares'} the module {path!r}, and "
+            f"{type(parent).__name__}{f' at {at!r}' if at else ''} has no {rest[0]!r}"
+            f"{f'; did you mean {near[0]!r}?' if near else '.'} It has: {there}"
+        )
 
     def keeps(self, *names: str) -> bool:
         """Whether a cache of this run keeps any of these hook points."""
@@ -263,11 +283,19 @@ class Run:
         for watch in self.watches:
             count = call.fired.get(watch.name, 0)
             if count != 1 and not watch.name.startswith("hf."):
-                happened = "was not reached" if count == 0 else f"was reached {count} times"
-                raise HookDidNotFireError(
-                    f"the hook point {watch.name!r} {happened} in this forward; the model ran another path than its "
-                    "architecture declares (attention implementation, config or a patched module)"
-                )
+                raise HookDidNotFireError(self._misfire(watch, count))
+
+    def _misfire(self, watch: Watch, count: int) -> str:
+        """Say why a place may have been reached never, or several times."""
+        happened = "was not reached" if count == 0 else f"was reached {count} times"
+        told = (
+            f"the hook point {watch.name!r} {happened} in this forward; the model ran another path than its "
+            "architecture declares (attention implementation, config or a patched module)"
+        )
+        if count > 1:
+            return f"{told}, or its module is called several times in a forward and is no place for a hook point"
+        same = [other.name for other in self.watches if other is not watch and other.point.seam == watch.point.seam]
+        return f"{told}, or it is declared at the place of {same[0]!r} by mistake" if same else told
 
     def _check_used(self) -> None:
         if self.calls == 0 and self.watches:

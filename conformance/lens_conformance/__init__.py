@@ -5,27 +5,30 @@
     test_conformance = conformance("mamba2")
 
 is the whole test file of a plugin. Without a file: `pytest --lens-conformance mamba2`; without pytest:
-`lens_conformance.run("mamba2", level="fast")`.
+`lens_conformance.run("mamba2", level="fast")`; on a checkpoint of your own: `lens verify MODEL`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Family", "Outcome", "Report", "__version__", "conformance", "run"]
+__all__ = ["Family", "KnownFailure", "Outcome", "Report", "__version__", "conformance", "run", "verify"]
 
 if TYPE_CHECKING:
     from lens_conformance._pytest import conformance
-    from lens_conformance.family import Family
+    from lens_conformance.checkpoint import verify
+    from lens_conformance.family import Family, KnownFailure
     from lens_conformance.report import Outcome, Report
     from lens_conformance.runner import run
 
 _HOMES = {
     "Family": "lens_conformance.family",
+    "KnownFailure": "lens_conformance.family",
     "Outcome": "lens_conformance.report",
     "Report": "lens_conformance.report",
     "conformance": "lens_conformance._pytest",
     "run": "lens_conformance.runner",
+    "verify": "lens_conformance.checkpoint",
 }
 
 

@@ -1,5 +1,6 @@
 """One example of one check: what is chosen for it, and what it compares."""
 
+import contextlib
 import math
 import random
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from hypothesis import assume
 from torch import Tensor
 
 from lens_conformance.family import Family, KnownFailure
+from lens_conformance.float64 import true_float64
 from lens_conformance.oracle import Pair, Variant, new_pair, shared_pair
 
 __all__ = ["TIGHT", "Case", "Deck", "NotThereError", "Worst", "error", "pad", "tokens"]
@@ -120,6 +122,14 @@ class Case:
         self.drawn: list[tuple[str, Any]] = []
         """What was chosen, for a failing report."""
 
+    def exact(self) -> contextlib.AbstractContextManager[None]:
+        """Let HF compute in float64 where its code asks for float32, so that wrong by 1e-8 is visible."""
+        return true_float64()
+
+    def bound(self, tight: float) -> float:
+        """Give the bound for an error that would be `tight` in the dtype that a check asked for."""
+        return tight
+
     def choice(self, options: Sequence[Any], label: str) -> Any:
         """Give one of several; over the examples, each as often as the others."""
         return self._told(label, options[self._deck.deal(label, range(len(options)))[0]])
@@ -171,7 +181,7 @@ class Case:
 
     def same(self, name: str, ours: Tensor, expected: Tensor, bound: float = TIGHT) -> None:
         """Assert that two values agree, in units of the scale."""
-        off = error(ours, expected)
+        off, bound = error(ours, expected), self.bound(bound)
         self.worst.note(off, bound, name)
         assert off <= bound, (
             f"{name}: off by {off:.2e} of its scale (bound {bound:.0e}); shape {tuple(ours.shape)}, "

@@ -55,7 +55,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         found[f"globals of {scope.__name__}"] = {key: id(value) for key, value in vars(scope).items()}
     for path, parameter in model.named_parameters():
         found[f"{path}:data"] = (id(parameter), parameter.data_ptr(), parameter.dtype, parameter.requires_grad)
-        found[f"{path}:sum"] = float(parameter.detach().double().sum()), float(parameter.detach().double().pow(2).sum())
+        value = parameter.detach()  # summed without a wider copy: a checkpoint's embedding alone may be gigabytes
+        found[f"{path}:sum"] = (
+            float(value.sum(dtype=torch.float64)),
+            float(torch.linalg.vector_norm(value, dtype=torch.float64)),
+        )
         found[f"{path}:tensor_hooks"] = len(parameter._backward_hooks or {})
     return found
 

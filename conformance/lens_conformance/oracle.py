@@ -35,6 +35,10 @@ class Pair:
         return self.reference.config
 
     def names(self) -> list[str]:
+        """List the names to try: all."""
+        return self.contract()
+
+    def contract(self) -> list[str]:
         """List every name: the contract's for this config, or the plugin's own table."""
         return list(self.model.table if self.family.names is None else self.family.names(self.config))
 

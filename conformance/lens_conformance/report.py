@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -111,7 +112,7 @@ class Report:
         """Write it where `lens plugins` looks for certificates, and say where."""
         folder = stamp_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        name = (self.subject or self.model_type).replace("/", "--").replace(" ", "-")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.subject or self.model_type)
         self.save(folder / f"{name}.json")
         return folder / f"{name}.json"
 

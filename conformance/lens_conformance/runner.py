@@ -1,7 +1,8 @@
 """Trying a model type: every check, as many examples as the level says, gated by what the plugin declares."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import attrs
@@ -14,13 +15,13 @@ from lens_conformance.case import Case, Deck, NotThereError, Worst
 from lens_conformance.checks import Check, all_checks
 from lens_conformance.families import known_families
 from lens_conformance.family import Family, KnownFailure
-from lens_conformance.oracle import Variant, variants
+from lens_conformance.oracle import variants
 from lens_conformance.report import Outcome, Report, Status, versions
 from lens_core._registry import active_registry
 from lens_core.errors import ArgumentError
 from lens_core.plugin import Support
 
-__all__ = ["LEVELS", "Level", "find_family", "run", "try_check"]
+__all__ = ["LEVELS", "Level", "find_family", "run", "try_check", "try_on"]
 
 Level: TypeAlias = Literal["fast", "default", "thorough"]
 LEVELS: dict[str, int] = {"fast": 5, "default": 25, "thorough": 300}
@@ -97,34 +98,36 @@ def try_check(check: Check, family: Family, *, level: str = "default", seed: int
 
     Where the family declares a known failure of it, the check must fail on that witness and pass beside it.
     """
+    models = variants(family, count=VARIANTS[level], seed=seed)
+
+    def case(number: int, worst: Worst, deck: Deck, on: KnownFailure | None = None) -> Case:
+        return Case(family, number, worst, deck=deck, variants=models, check=check.name, on=on)
+
+    outcome = try_on(check, family, case, count=max(1, round(LEVELS[level] * check.share)), seed=seed)
+    for known in family.known_failures:
+        if known.check == check.name and outcome.status in ("passed", "known"):
+            witnessed = try_on(check, family, partial(case, on=known), count=LEVELS["fast"], seed=seed)
+            outcome = _with_known(outcome, known, witnessed)
+    return outcome
+
+
+def try_on(
+    check: Check,
+    family: Family,
+    case: Callable[[int, Worst, Deck], Case],
+    *,
+    count: int,
+    seed: int,
+    no_golden: str = "the family has no golden forward",
+) -> Outcome:
+    """Try one check on so many cases, each made from a number that Hypothesis draws."""
     fixed = Outcome(number=check.number, name=check.name, title=check.title, judge=check.judge, status="passed")
     if check.needs is not None:
         declared = active_registry().resolve(family.model_type).capabilities[check.needs]
         if declared.support is Support.ABSENT:  # that it is absent indeed, the check `capabilities` tries
             return attrs.evolve(fixed, status="absent", reason=declared.reason)
     if check.judge == "golden" and family.golden is None:
-        return attrs.evolve(fixed, status="not judged", reason="the family has no golden forward")
-    start = time.perf_counter()
-    models = variants(family, count=VARIANTS[level], seed=seed)
-    outcome = _try(check, family, fixed, models, count=max(1, round(LEVELS[level] * check.share)), seed=seed)
-    for known in family.known_failures:
-        if known.check == check.name and outcome.status in ("passed", "known"):
-            outcome = _with_known(
-                outcome, known, _try(check, family, fixed, models, count=LEVELS["fast"], seed=seed, on=known)
-            )
-    return attrs.evolve(outcome, seconds=time.perf_counter() - start)
-
-
-def _try(
-    check: Check,
-    family: Family,
-    fixed: Outcome,
-    models: Sequence[Variant],
-    *,
-    count: int,
-    seed: int,
-    on: KnownFailure | None = None,
-) -> Outcome:
+        return attrs.evolve(fixed, status="not judged", reason=no_golden)
     worst, deck, ran, told = Worst(), Deck(seed), 0, list[tuple[str, Any]]()
     failure: BaseException | None = None
 
@@ -143,18 +146,17 @@ def _try(
         nonlocal ran, failure
         if failure is not None:  # Hypothesis runs a failing example again
             raise failure
-        case = Case(family, number, worst, deck=deck, variants=models, check=check.name, on=on)
+        example = case(number, worst, deck)
         try:
-            check.prove(case)
-        except KeyboardInterrupt:
+            check.prove(example)
+        except (KeyboardInterrupt, HypothesisException, StopTest):
             raise
-        except BaseException as error:
-            if isinstance(error, HypothesisException | StopTest):
-                raise
-            failure, told[:] = error, case.drawn  # whatever a plugin raises is a failure of the check; a skip, too
+        except BaseException as error:  # whatever a plugin raises is a failure of the check; a skip, too
+            failure, told[:] = error, example.drawn
             raise
         ran += 1
 
+    start = time.perf_counter()
     try:
         prove()
     except KeyboardInterrupt:
@@ -162,7 +164,8 @@ def _try(
     except BaseException as error:
         failure = failure or error
     status, reason = _judge(failure, told, ran=ran)
-    return attrs.evolve(fixed, status=status, reason=reason, examples=ran, worst=worst)
+    seconds = time.perf_counter() - start
+    return attrs.evolve(fixed, status=status, reason=reason, examples=ran, seconds=seconds, worst=worst)
 
 
 def _with_known(outcome: Outcome, known: KnownFailure, witnessed: Outcome) -> Outcome:

@@ -5,6 +5,7 @@ import json
 import warnings
 from typing import Any
 
+import attrs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +14,7 @@ from lens_core import __version__
 from lens_core._descriptor import API_VERSION, Architecture
 from lens_core._discovery import PluginRecord, PluginStatus
 from lens_core._registry import active_registry
+from lens_core.certificates import Stamp, stamps
 from lens_core.errors import PluginWarning
 
 _COLOURS = {PluginStatus.OK: "green", PluginStatus.DISABLED: "dim"}
@@ -32,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_document(records), indent=2))
     elif records:
         Console().print(_table(records))
+        if found := [stamp for record in records for stamp in _stamps(record)]:
+            Console().print(_certificates(found))
     else:
         print("No plugin is installed. `pip install lens-gpt2` brings GPT-2.")
     return 0
@@ -50,6 +54,7 @@ def _document(records: tuple[PluginRecord, ...]) -> dict[str, Any]:
                 "reason": record.reason,
                 "model_types": record.model_types,
                 "architectures": [_architecture(architecture) for architecture in record.architectures],
+                "certificates": [_stamp(stamp) for stamp in _stamps(record)],
             }
             for record in records
         ],
@@ -69,6 +74,24 @@ def _architecture(architecture: Architecture) -> dict[str, Any]:
             for capability, given in architecture.capabilities.items()
         },
     }
+
+
+def _stamps(record: PluginRecord) -> list[Stamp]:
+    return [stamp for architecture in record.architectures for stamp in stamps(record, architecture)]
+
+
+def _stamp(stamp: Stamp) -> dict[str, Any]:
+    return {**attrs.asdict(stamp), "path": str(stamp.path), "holds": stamp.holds}
+
+
+def _certificates(found: list[Stamp]) -> Table:
+    table = Table(title="Certificates")
+    for heading in ("of", "level", "made", "holds"):
+        table.add_column(heading, overflow="fold")
+    for stamp in found:
+        told = "[green]yes[/green]" if stamp.holds else f"no: {escape(stamp.problem)}"
+        table.add_row(escape(stamp.subject), escape(stamp.level), escape(stamp.made), told)
+    return table
 
 
 def _table(records: tuple[PluginRecord, ...]) -> Table:

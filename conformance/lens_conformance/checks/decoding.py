@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 from lens_conformance.case import Case, pad, tokens
 from lens_conformance.checks import check
-from lens_conformance.float64 import true_float64
 from lens_core.plugin import Capability
 
 
@@ -17,7 +16,7 @@ def padding(case: Case) -> None:
     """Side and amount, for the logits and every value: each row is what it is alone."""
     family = case.family
     assume(family.paddings)
-    with true_float64():
+    with case.exact():
         one = case.pair(torch.float64)
         lengths = case.some(range(1, 7), "lengths", most=3)
         texts = [tokens(1, n, seed)[0] for seed, n in enumerate(lengths)]
@@ -38,7 +37,7 @@ def padding(case: Case) -> None:
 @check(16, "the order of rows does not matter", judge="law")
 def permutation(case: Case) -> None:
     """Logits and values of a permuted batch are the permuted ones."""
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens(batch=3)
         order = torch.tensor(case.choice(list(itertools.permutations(range(3))), "order"))
         with torch.no_grad():
@@ -53,7 +52,7 @@ def permutation(case: Case) -> None:
 def split(case: Case) -> None:
     """Any split into calls, with an edit in every call or with none."""
     family = case.family
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens(min_pos=3, max_pos=7)
         n_pos = ids.shape[1]
         cut = case.integer(1, n_pos - 1, "prefill")

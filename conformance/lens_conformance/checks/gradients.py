@@ -6,7 +6,6 @@ import torch
 
 from lens_conformance.case import Case
 from lens_conformance.checks import check
-from lens_conformance.float64 import true_float64
 from lens_conformance.oracle import Pair, plain
 from lens_core.plugin import Capability
 
@@ -29,7 +28,7 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
 def gradients(case: Case) -> None:
     """One name, plain, edited or detached; parameters too."""
     family = case.family
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens(max_pos=5)
         [name] = case.deal([n for n in one.names() if family.gradient(n)])
         kind = case.choice(("plain", "edited", "detached"), "kind")
@@ -96,7 +95,7 @@ def _compare(
 )
 def parameter_gradients(case: Case) -> None:
     """Under backward hooks that only look, parameters have HF's gradients."""
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens()
         names = [n for n in one.names() if case.family.gradient(n) and not case.family.apart(n)]
         chosen = case.deal(names, 4)

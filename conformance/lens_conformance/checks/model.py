@@ -12,7 +12,7 @@ import lens_core as lens
 from lens_conformance.case import Case, tokens
 from lens_conformance.checks import check
 from lens_conformance.fingerprint import differences, fingerprint
-from lens_conformance.float64 import Wide, true_float64
+from lens_conformance.float64 import Wide
 from lens_conformance.oracle import new_pair, plain, tiny_config
 from lens_core.errors import LensError, UnsupportedConfigError
 from lens_core.plugin import Capability
@@ -47,8 +47,9 @@ def clean(case: Case) -> None:
         else:
             raise AssertionError(f"a function at {wrong} raised, and the run did not")
         assert wrong in told, f"the error of a function at {wrong} does not name it: {told}"
+        expected = plain(one, ids)
         calls.clear()
-        case.equal("the logits after an error", one.hf(ids, use_cache=False).logits, plain(one, ids))
+        case.equal("the logits after an error", one.hf(ids, use_cache=False).logits, expected)
     assert calls == [1], "the user's own torch hook is gone"
     left = differences(before, fingerprint(one.hf))
     assert not left, f"left behind: {left[:5]}"
@@ -86,8 +87,8 @@ def weights(case: Case) -> None:
         for layer in range(model.cfg.n_layers):
             at = f"blocks.{layer}."
             for made, sources, weight, bias, how in (*_PROJECTIONS, *_gates(names)):
-                source = next((at + name for name in sources if at + name in model.table), None)
-                if at + made not in model.table or source is None or weight not in names:
+                source = next((at + name for name in sources if at + name in cache), None)
+                if at + made not in cache or source is None or weight not in names:
                     continue
                 try:
                     matrix = model.weight(weight, layer)
@@ -127,7 +128,7 @@ def files(case: Case) -> None:
 @check(27, "threads do not meet", judge="hf", share=0.2)
 def threads(case: Case) -> None:
     """One plain, one that reads, one that edits, on one model at once."""
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens()
         [name] = case.deal(one.names())
         with torch.no_grad():

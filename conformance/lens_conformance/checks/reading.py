@@ -8,7 +8,6 @@ import torch
 
 from lens_conformance.case import Case, pad, tokens
 from lens_conformance.checks import check
-from lens_conformance.float64 import true_float64
 from lens_conformance.oracle import plain
 from lens_core.errors import CostWarning
 
@@ -37,10 +36,10 @@ def logits(case: Case) -> None:
 def fires(case: Case) -> None:
     """Once a call, or once a position; the plugin's table holds the contract's names and no others."""
     one = case.pair()
-    names = one.names()
-    assert sorted(names) == sorted(one.model.table), (
-        f"the table lacks {sorted(set(names) - set(one.model.table))[:5]} and has "
-        f"{sorted(set(one.model.table) - set(names))[:5]} beyond the contract"
+    names, known = one.names(), one.contract()
+    assert sorted(known) == sorted(one.model.table), (
+        f"the table lacks {sorted(set(known) - set(one.model.table))[:5]} and has "
+        f"{sorted(set(one.model.table) - set(known))[:5]} beyond the contract"
     )
     counts: dict[str, int] = {}
 
@@ -64,7 +63,7 @@ def fires(case: Case) -> None:
 @check(3, "values are those of the golden forward", judge="golden")
 def values(case: Case) -> None:
     """Every name, padded or not."""
-    with true_float64():
+    with case.exact():
         one = case.pair(torch.float64)
         ids, options = case.tokens(), {}
         side = case.choice(("none", *case.family.paddings), "padding")
@@ -100,7 +99,7 @@ def _real(case: Case, name: str, value: torch.Tensor, row: int | None, real: Any
 @check(4, "what branches add sums to the residual stream", judge="law")
 def residual(case: Case) -> None:
     """At every block: the embeddings and all that was written before."""
-    with true_float64():
+    with case.exact():
         one = case.pair(torch.float64)
         with torch.no_grad():
             _, cache = one.model.run_with_cache(case.tokens())
@@ -205,7 +204,7 @@ def stateless(case: Case) -> None:
 @check(20, "filters give exactly the subset, with the same values", judge="law")
 def filters(case: Case) -> None:
     """A list and a predicate; what is computed beside HF may round differently beside other names."""
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens()
         names = case.names(one.names())
         with torch.no_grad():
@@ -221,14 +220,13 @@ def filters(case: Case) -> None:
 @check(22, "values have the declared dtype and shape", judge="law")
 def dtypes(case: Case) -> None:
     """In each dtype, cached and handed."""
-    dtype = case.choice(DTYPES, "dtype")
-    one, ids = case.pair(dtype), case.tokens()
+    one, ids = case.pair(case.choice(DTYPES, "dtype")), case.tokens()
     sizes = {**one.model.cfg.sizes, "batch": ids.shape[0], "pos": ids.shape[1], "query": ids.shape[1]}
     sizes["key"] = ids.shape[1]
     with torch.no_grad():
         _, cache = one.model.run_with_cache(ids, names_filter=one.names())
-    for point in one.model.hook_points():
-        declared = dtype if point.dtype == "model" else getattr(torch, point.dtype)
+    for point in (one.model.table[name] for name in cache):
+        declared = one.dtype if point.dtype == "model" else getattr(torch, point.dtype)
         assert cache[point.name].dtype == declared, f"{point.name} is {cache[point.name].dtype}, declared {declared}"
         shape = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in point.shape.split())
         assert tuple(cache[point.name].shape) == shape, (

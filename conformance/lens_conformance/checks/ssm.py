@@ -6,7 +6,6 @@ import torch
 
 from lens_conformance.case import Case, NotThereError
 from lens_conformance.checks import check
-from lens_conformance.float64 import true_float64
 from lens_conformance.oracle import new_pair, tiny_config
 from lens_core.analysis.ssm_scan import mixer_layers
 from lens_core.analysis.ssm_tokens import mixer_tokens
@@ -21,7 +20,7 @@ from lens_core.plugin import Capability
 )
 def effective_attention(case: Case) -> None:
     """Whole, one row, with the skip; the token decomposition at one target; also under an edit of the step sizes."""
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens()
         layer = case.choice(mixer_layers(one.model.table), "layer")
         entries: list[Any] = []
@@ -33,8 +32,9 @@ def effective_attention(case: Case) -> None:
         for target in (None, case.integer(0, ids.shape[1] - 1, "target")):
             found = cache.effective_attention(layer, target=target, skip=skip)
             assert found.error is not None
-            case.worst.note(found.error, 1e-9)
-            assert found.error <= 1e-9, (
+            bound = case.bound(1e-9)
+            case.worst.note(found.error, bound)
+            assert found.error <= bound, (
                 f"effective attention of layer {layer}, target {target}: off by {found.error:.1e}"
             )
         parts = mixer_tokens(cache, layer, -1)
@@ -45,7 +45,7 @@ def effective_attention(case: Case) -> None:
 @check(29, "an edited state is what the next positions start from", judge="golden", needs=Capability.SSM_STATE)
 def state(case: Case) -> None:
     """At one position or several, in prefill or one by one in decode."""
-    with true_float64():
+    with case.exact():
         one, ids = case.pair(torch.float64), case.tokens(min_pos=3)
         layer = case.choice(mixer_layers(one.model.table), "layer")
         name = f"blocks.{layer}.mixer.hook_ssm_state"
@@ -73,7 +73,7 @@ def chunks(case: Case) -> None:
     """Logits and every value, where the config has a chunk size."""
     if not hasattr(tiny_config(case.family, {}), "chunk_size"):
         raise NotThereError("HF's config has no chunk size")
-    with true_float64():
+    with case.exact():
         ids = case.tokens(min_pos=2)
         sizes = case.some(range(1, 10), "chunk sizes", least=2, most=2)
         first, second = (new_pair(case.family, overrides={"chunk_size": size}, dtype=torch.float64) for size in sizes)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -178,6 +178,30 @@ class Case:
         rows = self.integer(1, 3, "rows") if batch is None else batch
         length = self.integer(min_pos, max_pos, "positions")
         return tokens(rows, length, self._told("words", self._random.randint(0, 5)))
+
+    def batch(self, longest: int = 6) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give ids, and with them a mask where rows of two lengths are padded on a side that the type takes."""
+        side = self.choice(("none", *self.family.paddings), "padding")
+        if side == "none":
+            return self.tokens(max_pos=longest), {}
+        texts = [self.tokens(min_pos=2, max_pos=longest, batch=1)[0] for _ in range(2)]
+        ids, mask = pad(texts, side, self.integer(0, 2, "more padding"))
+        return ids, {"attention_mask": mask}
+
+    def rows(self, options: Mapping[str, Tensor]) -> list[tuple[int, Tensor] | None]:
+        """Give each row of a padded batch with its real positions; one None for a batch without padding."""
+        mask = options.get("attention_mask")
+        return [None] if mask is None else [(at, row.nonzero().flatten()) for at, row in enumerate(mask)]
+
+    def real(self, name: str, row: tuple[int, Tensor] | None, *values: Tensor) -> list[Tensor]:
+        """Cut values down to a row's real positions, and real keys where there is a key axis."""
+        if row is None:
+            return list(values)
+        axes = [axis for axis in (self.family.pos_axis(name), self.family.key_axis(name)) if axis is not None]
+        found = [value[row[0] : row[0] + 1] for value in values]
+        for axis in axes:
+            found = [value.index_select(axis, row[1]) for value in found]
+        return found
 
     def same(self, name: str, ours: Tensor, expected: Tensor, bound: float = TIGHT) -> None:
         """Assert that two values agree, in units of the scale."""

@@ -25,13 +25,10 @@ def padding(case: Case) -> None:
             logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), attention_mask=mask)
             for row, text in enumerate(texts):
                 alone_logits, alone = one.model.run_with_cache(text[None], names_filter=one.names())
-                real = mask[row].nonzero().flatten()
-                case.same("the logits of a padded row", logits[row : row + 1, real], alone_logits)
+                real = (row, mask[row].nonzero().flatten())
+                case.same("the logits of a padded row", *case.real("hook_logits", real, logits), alone_logits)
                 for name in (n for n in one.names() if n != "hook_pos_embed"):
-                    value = cache[name][row : row + 1]
-                    for axis in (family.pos_axis(name), family.key_axis(name)):
-                        value = value if axis is None else value.index_select(axis, real)
-                    case.same(f"{name} of a padded row", value, alone[name])
+                    case.same(f"{name} of a padded row", *case.real(name, real, cache[name]), alone[name])
 
 
 @check(16, "the order of rows does not matter", judge="law")

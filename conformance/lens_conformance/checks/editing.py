@@ -6,7 +6,7 @@ import torch
 
 from lens_conformance.case import TIGHT, Case, error
 from lens_conformance.checks import check
-from lens_conformance.edits import only_at
+from lens_conformance.edits import only_at, only_head
 from lens_conformance.oracle import Pair, plain
 
 MOVES = 1e-6
@@ -15,27 +15,37 @@ MOVES = 1e-6
 
 @check(8, "an edit has the golden forward's effect, on the logits and on every other value", judge="golden", share=2.0)
 def edits(case: Case) -> None:
-    """One name, or a program of several: returned or written in place, at all positions or some."""
-    family = case.family
+    """One name, or a program of several: returned or in place, at some positions, of one head, under padding."""
     with case.exact():
-        one, ids = case.pair(torch.float64), case.tokens()
+        one = case.pair(torch.float64)
+        ids, options = case.batch(longest=8)
         program: dict[str, Any] = {}
         entries: list[tuple[Any, ...]] = []
         for name in case.deal(one.names(), case.integer(1, 3, "edits")):
-            edit, axis = family.edit_at(name), family.pos_axis(name)
-            where = None
-            if axis is not None and not family.per_position(name) and case.flag("at some positions"):
-                where = case.some(range(ids.shape[1]), "edited positions")
-            program[name] = edit if where is None else only_at(name, edit, where)
-            if where is None and case.flag("in place"):
-                edit = _in_place(edit)
-            entries.append((name, edit) if where is None else (name, edit, where))
-        expected_logits, expected = one.golden(ids, edits=program)
+            program[name], entry = _edit(case, one, name, ids.shape[1], is_padded=bool(options))
+            entries.append(entry)
+        expected_logits, expected = one.golden(ids, edits=program, **options)
         with torch.no_grad(), one.model.hooks(fwd_hooks=entries):
-            logits, cache = one.model.run_with_cache(ids, names_filter=one.names())
-        case.same(f"logits under edits at {list(program)}", logits, expected_logits)
-        for name in one.names():
-            case.same(f"{name} under edits at {list(program)}", cache[name], expected[name])
+            logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), **options)
+        at = f"under edits at {list(program)}"
+        for row in case.rows(options):
+            case.same(f"logits {at}", *case.real("hook_logits", row, logits, expected_logits))
+            for name in one.names():
+                case.same(f"{name} {at}", *case.real(name, row, cache[name], expected[name]))
+
+
+def _edit(case: Case, one: Pair, name: str, n_pos: int, *, is_padded: bool) -> tuple[Any, tuple[Any, ...]]:
+    """Choose an edit of a name: as the golden forward takes it, and as lens does."""
+    edit: Any = case.family.edit_at(name, causal=is_padded)  # what a query gives to later keys, padding may not have
+    axes = one.model.table[name].shape.split() if name in one.model.table else []
+    heads = next((axis for axis, of in enumerate(axes) if of in ("n_heads", "n_kv_heads", "n_groups")), None)
+    if heads is not None and case.flag("one head"):
+        edit = only_head(edit, 0, heads)
+    has_positions = case.family.pos_axis(name) is not None and not case.family.per_position(name)
+    if has_positions and case.flag("at some positions"):
+        where = case.some(range(n_pos), "edited positions")
+        return only_at(name, edit, where), (name, edit, where)
+    return edit, (name, _in_place(edit) if case.flag("in place") else edit)
 
 
 def _in_place(edit: Any) -> Any:

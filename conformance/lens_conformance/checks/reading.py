@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lens_conformance.case import Case, pad, tokens
+from lens_conformance.case import Case
 from lens_conformance.checks import check
 from lens_conformance.oracle import plain
 from lens_core.errors import CostWarning
@@ -65,35 +65,14 @@ def values(case: Case) -> None:
     """Every name, padded or not."""
     with case.exact():
         one = case.pair(torch.float64)
-        ids, options = case.tokens(), {}
-        side = case.choice(("none", *case.family.paddings), "padding")
-        if side != "none":
-            ids, mask = pad([tokens(1, n, n)[0] for n in (2, 6)], side, case.integer(0, 2, "more padding"))
-            options = {"attention_mask": mask}
+        ids, options = case.batch()
         expected_logits, expected = one.golden(ids, **options)
         with torch.no_grad():
             logits, cache = one.model.run_with_cache(ids, names_filter=one.names(), **options)
-        rows = range(len(ids)) if side != "none" else [None]
-        for row in rows:
-            real = None if row is None else options["attention_mask"][row].nonzero().flatten()
+        for row in case.rows(options):
             for name in one.names():
-                ours, theirs = (_real(case, name, value[name], row, real) for value in (cache, expected))
-                case.same(name, ours, theirs)
-            case.same(
-                "logits",
-                _real(case, "hook_logits", logits, row, real),
-                _real(case, "hook_logits", expected_logits, row, real),
-            )
-
-
-def _real(case: Case, name: str, value: torch.Tensor, row: int | None, real: Any) -> torch.Tensor:
-    """Take one row's real positions, and real keys where there is a key axis."""
-    if row is None:
-        return value
-    value = value[row : row + 1]
-    for axis in (case.family.pos_axis(name), case.family.key_axis(name)):
-        value = value if axis is None else value.index_select(axis, real)
-    return value
+                case.same(name, *case.real(name, row, cache[name], expected[name]))
+            case.same("logits", *case.real("hook_logits", row, logits, expected_logits))
 
 
 @check(4, "what branches add sums to the residual stream", judge="law")

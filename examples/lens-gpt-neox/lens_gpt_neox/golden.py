@@ -1,16 +1,16 @@
 """A GPT-NeoX forward written from the formulas, with every hook point of the contract as a cut point.
 
-It is the oracle of the tests: it shares no code with lens and calls nothing of transformers. Sources: Black et al. 2022
-(GPT-NeoX: parallel blocks, rotated share of a head), Ba et al. 2016 (LayerNorm), Su et al. 2021 (rotary embeddings).
+The conformance kit judges by it. It shares no code with the plugin and calls nothing of transformers. Sources: Black et
+al. 2022 (GPT-NeoX: parallel blocks, rotated share of a head), Ba et al. 2016 (LayerNorm); rotary embeddings are the
+kit's, from their papers.
 
 Glossary: x the residual stream, c = x - mean(x), s = sqrt(mean(c^2) + eps), n = c / s; q k v the projections, whose
-weight is stored [head][q | k | v]; pair j of the rotated width D is the channels (j, j + D/2) of a head, and turns by
-position * base ** (-2j / D); S = q k^T / sqrt(d_head) the scores, A = softmax(S) the pattern, z = A v.
+weight is stored [head][q | k | v]; S = q k^T / sqrt(d_head) the scores, A = softmax(S) the pattern, z = A v.
 
 Parallel blocks: y = x + attention(ln1 x) + mlp(ln2 x). Sequential ones: mid = x + attention(ln1 x),
 y = mid + mlp(ln2 mid). Everything is float64; a masked score is -inf.
 
-Does not: dropout, key-value caches (a decode step is compared with the whole run), stretched rotary embeddings.
+Does not: dropout, key-value caches (a decode step is compared with the whole run).
 """
 
 import math
@@ -20,13 +20,13 @@ from typing import Any
 import attrs
 import torch
 from lens_conformance.golden.gpt2 import Edit, activation, cutter, positions_from
+from lens_conformance.golden.rotary import rotate
 from torch import Tensor
 
 NORM = ("hook_scale", "hook_normalized", "hook_out")
 TOP = ("hook_tokens", "hook_embed", *(f"ln_final.{part}" for part in NORM))
 ENDS = ("unembed.hook_in", "unembed.hook_out", "hook_logits")
 COPIES = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
-STARRED = (*COPIES, "attn.hook_result", "hook_mlp_in")
 BLOCK = (
     *("hook_resid_pre", *COPIES, *(f"ln1.{part}" for part in NORM)),
     *("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k"),
@@ -41,11 +41,6 @@ def names(config: Any) -> list[str]:
     block = BLOCK if config.use_parallel_residual else (*BLOCK, "hook_resid_mid")
     layers = range(config.num_hidden_layers)
     return [*TOP, *ENDS, *(f"blocks.{layer}.{name}" for layer in layers for name in block)]
-
-
-def is_starred(name: str) -> bool:
-    """Tell whether the contract keeps a name out of the default cache."""
-    return name.endswith(STARRED)
 
 
 def golden(
@@ -171,17 +166,8 @@ class _Block:
         return self.here("attn.hook_out", result.sum(2) + self.weights.get("attention.dense.bias", 0.0))
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Turn the first channels of each head by its position, pair by pair."""
-        rope = self.config.rope_parameters
-        half = int(x.shape[-1] * rope["partial_rotary_factor"]) // 2
-        new = x.clone()
-        for pair in range(half):
-            angle = self.positions.to(torch.float64) * rope["rope_theta"] ** (-pair / half)
-            cos, sin = angle.cos()[..., None], angle.sin()[..., None]  # batch pos 1
-            first, second = x[..., pair], x[..., pair + half]
-            new[..., pair] = first * cos - second * sin
-            new[..., pair + half] = second * cos + first * sin
-        return new
+        """Turn the first channels of each head by its position."""
+        return rotate(x, self.positions, self.config.rope_parameters, self.config.max_position_embeddings)
 
     def projections(self, x: Tensor) -> list[Tensor]:
         """Compute q, k and v: a head whose copy was edited from that copy, the others from `ln1`."""

@@ -118,11 +118,11 @@ def _tell(request: pytest.FixtureRequest, model_type: str, kind: str, record: An
 def try_one(model: "str | Family", name: str, request: pytest.FixtureRequest, level: str) -> None:
     """Try one check; what is absent or not judged is a skip with its reason."""
     from lens_conformance.checks import all_checks
-    from lens_conformance.runner import try_check
+    from lens_conformance.runner import try_after
 
     family, config = _family(model), request.config
     chosen, seed = config.getoption("--lens-level") or level, config.getoption("--lens-seed")
-    outcome = try_check(all_checks()[name], family, level=chosen, seed=seed)
+    outcome = try_after(all_checks()[name], family, level=chosen, seed=seed)
     _tell(request, family.model_type, "outcomes", outcome)
     if outcome.status in ("failed", "raised"):
         told = f"{family.model_type}: property {outcome.number}, {outcome.title}\n{outcome.reason}"

@@ -54,9 +54,18 @@ def in_place(edit: Edit) -> Edit:
     return write
 
 
-def pos_axis(name: str) -> int:
-    """Tell the axis of the queries (scores, pattern) or of the positions (all others)."""
+def pos_axis(name: str) -> int | None:
+    """Tell the axis of the queries (scores, pattern) or of the positions; None for keys that query heads see."""
+    if name.endswith(("k_rep", "v_rep")):
+        return None
     return 2 if name.endswith(("attn_scores", "hook_pattern")) else 1
+
+
+def key_axis(name: str) -> int | None:
+    """Tell the axis of the keys, all real positions so far."""
+    if name.endswith(("k_rep", "v_rep")):
+        return 1
+    return 3 if name.endswith(("attn_scores", "hook_pattern")) else None
 
 
 def only_at(name: str, edit: Edit, positions: Sequence[int]) -> Edit:

@@ -83,7 +83,7 @@ class Family:
     """Names whose function is called once for each position."""
     pos_axis: Callable[[str], int | None] = edits.pos_axis
     """Which axis is the positions of this call, as `edits.pos_axis`; None where there are only keys."""
-    key_axis: Callable[[str], int | None] = lambda name: 3 if edits.pos_axis(name) == 2 else None
+    key_axis: Callable[[str], int | None] = edits.key_axis
     """Which axis is the keys, all real positions so far."""
     gradient: Callable[[str], bool] = lambda name: name != "hook_tokens" and not name.endswith("indices")
     """Whether the value is floating, so that it has a gradient."""

@@ -16,7 +16,17 @@ import lens_core as lens
 from lens_conformance.family import Family
 from lens_conformance.float64 import true_float64
 
-__all__ = ["Pair", "Variant", "forget_pairs", "new_pair", "plain", "shared_pair", "tiny_config", "variants"]
+__all__ = [
+    "Pair",
+    "Variant",
+    "forget_pairs",
+    "new_pair",
+    "plain",
+    "shared_pair",
+    "tiny_config",
+    "tiny_model",
+    "variants",
+]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -35,8 +45,9 @@ class Pair:
         return self.reference.config
 
     def names(self) -> list[str]:
-        """List the names to try: all."""
-        return self.contract()
+        """List the names to try: all, in the order of computation, so that what is told first is where it begins."""
+        order = {name: at for at, name in enumerate(self.model.table)}
+        return sorted(self.contract(), key=lambda name: order.get(name, len(order)))
 
     def contract(self) -> list[str]:
         """List every name: the contract's for this config, or the plugin's own table."""
@@ -93,6 +104,11 @@ def _build(family: Family, overrides: Mapping[str, Any], attn: str, seed: int) -
             for name, parameter in model.named_parameters():
                 parameter.copy_(family.noise(name, parameter))
     return model.eval()
+
+
+def tiny_model(family: Family, overrides: Mapping[str, Any]) -> Any:
+    """Build HF's model alone."""
+    return _build(family, overrides, family.implementations[0], 0)
 
 
 def new_pair(

@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import traceback
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from lens_conformance.case import Worst
 from lens_core._registry import active_registry
 from lens_core.certificates import FORMAT, stamp_folder, versions_of
 
-__all__ = ["Kill", "Outcome", "Report", "Status", "versions"]
+__all__ = ["Kill", "Outcome", "Report", "Status", "place_of", "versions"]
 
 Status: TypeAlias = Literal["passed", "failed", "raised", "known", "absent", "not judged"]
 _COLOURS = {"passed": "green", "known": "yellow", "failed": "red", "raised": "red"}
@@ -157,6 +158,14 @@ def _told(outcome: Outcome) -> str:
     if outcome.status in ("absent", "not judged", "known"):
         return outcome.reason
     return f"worst {outcome.worst.off:.1e} of {outcome.worst.bound:.0e}" if outcome.worst.bound else ""
+
+
+def place_of(error: BaseException) -> str:
+    """Say which line of a plugin an error passed last: the innermost frame that is not of lens, HF or the libraries."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = ("site-packages", "dist-packages", "lens_core", "lens_conformance", "importlib", "<frozen", "contextlib")
+    own = [frame for frame in frames if not any(part in frame.filename for part in inner)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
 
 
 def versions(model_type: str) -> dict[str, str]:

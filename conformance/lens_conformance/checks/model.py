@@ -96,7 +96,8 @@ def weights(case: Case) -> None:
                     continue  # of blocks of another kind
                 expected = torch.einsum(how, cache[source], matrix)
                 expected = expected if bias is None else expected + model.weight(bias, layer)
-                case.same(f"{at}{made} from {weight}", expected, cache[at + made], 1e-4)
+                told = f"{at}{made}, which is {source.removeprefix(at)} {weight}{f' + {bias}' if bias else ''},"
+                case.same(told, cache[at + made], expected, 1e-4)
                 tried += 1
     assert tried, "no weight of a block recomputes any activation"
 

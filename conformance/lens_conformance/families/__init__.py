@@ -3,9 +3,11 @@
 A third party announces a `Family`, or a list of them, by an entry point of the group `lens_conformance.families`.
 """
 
+import warnings
 from importlib.metadata import entry_points
 
 from lens_conformance.family import Family
+from lens_core.errors import PluginWarning
 
 __all__ = ["GROUP", "known_families"]
 
@@ -18,6 +20,12 @@ def known_families() -> dict[str, Family]:
 
     found = {family.model_type: family for module in (gpt2, llama, mamba) for family in module.FAMILIES}
     for point in entry_points(group=GROUP):
-        given = point.load()
+        try:
+            given = point.load()
+        except Exception as error:  # one distribution's mistake is not the others'
+            told = f"{type(error).__name__}: {error}"
+            where = f"{point.name!r} ({point.value})"
+            warnings.warn(f"the conformance family {where} cannot be loaded: {told}", PluginWarning, stacklevel=2)
+            continue
         found |= {family.model_type: family for family in ([given] if isinstance(given, Family) else given)}
     return found

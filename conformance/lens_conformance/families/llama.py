@@ -21,7 +21,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 28,
     "tie_word_embeddings": False,
 }
-REPEATED = ("attn.hook_k_rep", "attn.hook_v_rep")
 GROUPS = {"num_key_value_heads": (1, 2, 4)}
 TIED = {"tie_word_embeddings": (False, True)}
 WIDTHS = {"head_dim": (10, 6)}  # other than hidden_size / num_attention_heads
@@ -117,16 +116,6 @@ def edit_at(name: str, *, causal: bool = False) -> Any:
     return (lambda x, hook=None: (x + 1) % 5) if name.endswith("expert_indices") else edits.edit_at(name, causal=causal)
 
 
-def pos_axis(name: str) -> int | None:
-    """Give the axis of positions; keys and values as query heads see them have keys only."""
-    return None if name.endswith(REPEATED) else edits.pos_axis(name)
-
-
-def key_axis(name: str) -> int | None:
-    """Give the axis of keys."""
-    return 1 if name.endswith(REPEATED) else 3 if edits.pos_axis(name) == 2 else None
-
-
 def family(model_type: str) -> Family:
     """Make the record of a type."""
     config, axes = TYPES[model_type]
@@ -140,8 +129,6 @@ def family(model_type: str) -> Family:
         implementations=("eager",) if model_type == "gemma2" else ("sdpa", "eager"),
         edit_at=edit_at,
         apart=lambda name: name.endswith(copies),
-        pos_axis=pos_axis,
-        key_axis=key_axis,
         dropout=dict.fromkeys(DROPOUT.get(model_type, ("attention_dropout",)), 0.2),
     )
 

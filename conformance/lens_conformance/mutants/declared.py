@@ -17,7 +17,7 @@ from lens_conformance.mutants import mutant
 from lens_conformance.mutants.core import around
 from lens_core import _loading, _registry
 from lens_core.certificates import package_of
-from lens_core.plugin import Capability, ModuleInput, Support
+from lens_core.plugin import Capability, HeadInput, ModuleInput, Support
 
 Patch = pytest.MonkeyPatch
 
@@ -36,6 +36,41 @@ def points(patch: Patch, change: Callable[[Any, dict[str, Any]], Any]) -> None:
         return attrs.evolve(declaration, points=tuple(point for point in made if point is not None))
 
     declares(patch, other)
+
+
+@mutant("a hook point is declared at a module that is not there", killers=("runs",))
+def a_module_is_misspelt(patch: Patch, family: Family) -> None:
+    def misspelt(point: Any, known: Any) -> Any:
+        is_it = point.name == "blocks.1.hook_resid_pre" and isinstance(point.seam, ModuleInput)
+        return attrs.evolve(point, seam=attrs.evolve(point.seam, path=f"{point.seam.path}.nowhere")) if is_it else point
+
+    points(patch, misspelt)
+
+
+@mutant("the epsilon of norms is not the model's", killers=("declaration",))
+def eps_is_another(patch: Patch, family: Family) -> None:
+    declares(patch, lambda declaration: attrs.evolve(declaration, cfg=attrs.evolve(declaration.cfg, eps=0.5)))
+
+
+@mutant("a copy for the MLP is declared behind its norm", killers=("equations",), needs=("hook_mlp_in",))
+def mlp_in_is_behind_the_norm(patch: Patch, family: Family) -> None:
+    def behind(point: Any, known: Any) -> Any:
+        return (
+            attrs.evolve(point, seam=known[f"blocks.{point.layer}.mlp.hook_in"].seam)
+            if point.name.endswith("hook_mlp_in")
+            else point
+        )
+
+    points(patch, behind)
+
+
+@mutant("copies of the stream are projected without their norm", killers=("equations", "edits"), needs=("q_input",))
+def copies_skip_the_norm(patch: Patch, family: Family) -> None:
+    def bare(point: Any, known: Any) -> Any:
+        is_it = isinstance(point.seam, HeadInput) and point.seam.norm is not None
+        return attrs.evolve(point, seam=attrs.evolve(point.seam, norm=None)) if is_it else point
+
+    points(patch, bare)
 
 
 @mutant("one name is left out of the table", killers=("fires",))

@@ -29,7 +29,7 @@ def shows(patch: Patch, ends: str | tuple[str, ...], change: Callable[[Tensor], 
     around(patch, Watch, "fire", other)
 
 
-@mutant("heads are shown in the reverse order", killers=("values",), needs=("attn.hook_z",))
+@mutant("heads are shown in the reverse order", killers=("values", "equations"), needs=("attn.hook_z",))
 def heads_are_reversed(patch: Patch, family: Family) -> None:
     shows(patch, "attn.hook_z", lambda z: z.flip(2) * torch.linspace(1, 1.5, z.shape[2], dtype=z.dtype)[:, None])
 
@@ -51,7 +51,7 @@ def rotation_is_off_by_one(patch: Patch, family: Family) -> None:
     shows(patch, "attn.hook_rot_q", lambda q: q.roll(1, dims=1) * 1.01)
 
 
-@mutant("the pattern is shifted by a key", killers=("values",), needs=("attn.hook_pattern",))
+@mutant("the pattern is shifted by a key", killers=("values", "equations"), needs=("attn.hook_pattern",))
 def the_pattern_is_shifted(patch: Patch, family: Family) -> None:
     around(
         patch,
@@ -61,7 +61,7 @@ def the_pattern_is_shifted(patch: Patch, family: Family) -> None:
     )
 
 
-@mutant("what is before a nonlinearity is shown in its place", killers=("values",), needs=("mlp.hook_post",))
+@mutant("a nonlinearity is shown bent", killers=("values", "equations"), needs=("mlp.hook_post",))
 def activations_are_linear(patch: Patch, family: Family) -> None:
     shows(patch, "mlp.hook_post", lambda x: x + 0.05 * x.abs())
 
@@ -76,7 +76,9 @@ def branches_are_scaled(patch: Patch, family: Family) -> None:
 
 
 @mutant(
-    "a norm's output is shown before its gain", killers=("values", "weights"), needs=("ln1.hook_out", "norm.hook_out")
+    "a norm's output is shown before its gain",
+    killers=("values", "equations", "weights"),
+    needs=("ln1.hook_out", "norm.hook_out"),
 )
 def norms_lack_their_gain(patch: Patch, family: Family) -> None:
     shows(patch, ("ln1.hook_out", "norm.hook_out"), lambda x: x / x.square().mean(-1, keepdim=True).sqrt())

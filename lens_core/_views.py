@@ -6,6 +6,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from lens_core.errors import ArgumentError
+
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
@@ -66,7 +68,11 @@ class Columns:
     groups: int = 1
 
     def pick(self, tensor: Tensor) -> Tensor:
-        """Show the columns of a tensor, or of a weight `[in, out]`."""
+        """Show the columns of a tensor, or of a weight `[in, out]`.
+
+        Raises:
+            ArgumentError: They cannot be cut into that many parts.
+        """
         own = _parts(tensor, self.groups)[..., self.start : self.stop]
         return own.flatten(-2) if self.heads is None else _parts(own, self.heads // self.groups).flatten(-3, -2)
 
@@ -101,4 +107,7 @@ WHOLE = Whole()
 
 def _parts(tensor: Tensor, count: int) -> Tensor:
     """See the last axis as equal parts: `[..., count * width]` as `[..., count, width]`."""
-    return tensor.view(*tensor.shape[:-1], count, tensor.shape[-1] // count)
+    width, rest = divmod(tensor.shape[-1], count)
+    if rest:
+        raise ArgumentError(f"{tensor.shape[-1]} columns cannot be cut into {count} equal parts: see `heads`, `groups`")
+    return tensor.view(*tensor.shape[:-1], count, width)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lens_core.errors import ArgumentError
 from lens_core.plugin import Columns, WeightView, weight_and_bias
 from lens_core.weights import read_weight
 
@@ -89,6 +90,12 @@ def test_columns_without_heads_stay_flat():
     each = Columns(stop=1, groups=4)
     assert each.pick(tensor).tolist() == [[0, 3, 6, 9]]
     assert each.write(tensor, -torch.ones(1, 4)).tolist() == [[-1, 1, 2, -1, 4, 5, -1, 7, 8, -1, 10, 11]]
+
+
+def test_columns_that_are_no_whole_heads_are_an_error():
+    """It names the numbers."""
+    with pytest.raises(ArgumentError, match="8 columns cannot be cut into 3 equal parts"):
+        Columns(stop=8, heads=3).pick(torch.zeros(2, 24))
 
 
 def test_an_empty_batch_has_heads_too():

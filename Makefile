@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: help demo test docs bench real lint clean
+.PHONY: help demo test docs bench mutants conformance drift real lint clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 12
@@ -22,6 +22,15 @@ docs: .venv/.dev ## Build the documentation into docs/_build.
 
 bench: .venv/.dev ## Measure against plain HuggingFace; ARGS goes to the benchmark.
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+mutants: .venv/.dev ## See that the conformance kit notices every way it knows of breaking lens; ARGS goes to it.
+	@$(BIN)/python scripts/kill_matrix.py $(ARGS)
+
+conformance: .venv/.dev ## Hold every plugin to the kit; ARGS="--lens-level thorough" goes to pytest.
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --rootdir=conformance --config-file=conformance/pyproject.toml --numprocesses=2 conformance $(ARGS)
+
+drift: .venv/.dev ## Hold every plugin to the kit on another release; TRANSFORMERS=5.22.0 names it.
+	@scripts/drift "$(TRANSFORMERS)"
 
 real: .venv/.real ## Check lens on real weights and study indirect objects (a quarter of an hour); ARGS goes to it.
 	@PYTHONPATH=.venv/real $(BIN)/python -m examples.smollm2 $(ARGS)

@@ -28,7 +28,9 @@ python_maximum_signature_line_length = 90
 nitpicky = True
 nitpick_ignore_regex = [
     # Other projects: their inventories would have to be fetched.
-    (r"py:class", r"Tensor|(collections|contextlib|jaxtyping|os|pathlib|torch|transformers)\..*"),
+    (r"py:class", r"Tensor|(collections|contextlib|jaxtyping|os|pathlib|rich|torch|transformers)\..*"),
+    # What a report is made of, shown under its public name.
+    (r"py:class", r"lens_conformance\.(case|report)\..*"),
     # What a seam is handed when it is installed, shown under its public name; and a type variable.
     (r"py:class", r"Run|lens_core\._(plan|views|watch|call)\..*|lens_core\._pieces\._Model"),
 ]

@@ -19,14 +19,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 def table() -> str:
     """Give a row for each check: what holds, what judges it, on a checkpoint too, and how many mutants it must kill."""
     killers = [killer for mutant in all_mutants().values() for killer in mutant.killers]
-    rows = [
-        f"| {check.number or ''} | `{name}` | {check.title} | {check.judge} | {check.needs.value if check.needs else ''} "
-        f"| {'yes' if name in CHECKPOINT_CHECKS else ''} | {killers.count(name)} |"
-        for name, check in all_checks().items()
-    ]
-    return "\n".join(
-        ("| | check | what holds | judged by | needs | on a checkpoint | mutants |", "|---|---|---|---|---|---|---|", *rows)
-    )
+    rows = ["| | check | what holds | judged by | needs | on a checkpoint | mutants |", "|---|---|---|---|---|---|---|"]
+    for name, check in all_checks().items():
+        needs = check.needs.value if check.needs else ""
+        checkpoint = "yes" if name in CHECKPOINT_CHECKS else ""
+        cells = (check.number or "", f"`{name}`", check.title, check.judge, needs, checkpoint, killers.count(name))
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

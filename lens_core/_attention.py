@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lens_core._call import ModuleCall
 from lens_core._context import active_runs
 from lens_core._functions import Slot, function_slot
-from lens_core._graph import with_gradient_of
+from lens_core._graph import during, gradients, with_gradient_of
 from lens_core._plan import ModuleStep, SlotStep
 from lens_core._softmax import Enough, InsideSoftmax, additive_mask, masked_cells
 from lens_core._watch import Watch
@@ -249,7 +249,7 @@ class _Handler:
         if not watches:
             return kernel(module, query, key, value, mask, **kwargs)
         if eager is None or kernel is eager:  # HF runs the transparent kernel itself
-            with InsideSoftmax(scores, pattern, is_real=True, masked=masked_cells(mask)) as inside:
+            with during(InsideSoftmax(scores, pattern, is_real=True, masked=masked_cells(mask))) as inside:
                 result = kernel(module, query, key, value, mask, **kwargs)
             inside.check(module)
             return result
@@ -260,7 +260,7 @@ class _Handler:
         inside = InsideSoftmax(
             scores, pattern, is_real=False, masked=masked_cells(additive), stops=not (functions or needs_graph)
         )
-        with torch.set_grad_enabled(needs_graph), suppress(Enough), inside:
+        with gradients(needs_graph), suppress(Enough), during(inside):
             explicit = eager(module, query, key[:, :, :length], value[:, :, :length], additive, **kwargs)[0]
         inside.check(module)
         if explicit is not None and (inside.is_edited or (inside.is_rerouted and kwargs.get("dropout", 0.0))):

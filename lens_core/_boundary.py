@@ -39,7 +39,7 @@ def closing_steps(run: "Run") -> Iterator[ModuleStep]:
 
 
 def _enter_model(call: ModuleCall) -> None:
-    call.run.inside_model = True
+    call.run.enter_model()
 
 
 def _leave_base(call: ModuleCall) -> None:
@@ -51,7 +51,6 @@ def _leave_base(call: ModuleCall) -> None:
 
 
 def _leave_model(call: ModuleCall) -> None:
-    call.run.inside_model = False
     call.run.end_call()
 
 

@@ -1,8 +1,9 @@
 """Activation caches on disk: safetensors, with what is needed to read the names without the model.
 
-A file of ours says so in its metadata: `format`, `format_version`, `has_batch_dim`, `n_layers`, `points` (JSON: each
-name's axes and equation) and `aliases`; and where the values come from: model id and type, plugin, versions. Tensors
-stand under their canonical names, gradients under `NAME#grad`. Nothing is pickled, and nothing in a file is trusted.
+A file of ours says so in its metadata: `format`, `format_version`, `has_batch_dim`, `has_gaps`, `n_layers`, `points`
+(JSON: each name's axes and equation) and `aliases`; and where the values come from: model id and type, plugin,
+versions. Tensors stand under their canonical names, gradients under `NAME#grad`. Nothing is pickled, and nothing in a
+file is trusted.
 """
 
 import json
@@ -22,7 +23,7 @@ from lens_core.hook_points import HookPoint, HookTable
 if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
 
-__all__ = ["KIND", "SavedCache", "check_fit", "read", "write"]
+__all__ = ["KIND", "SavedCache", "check_fit", "parts", "read", "read_parts", "write"]
 
 KIND = FileKind(what="activation cache", version=1, error=CacheFileError, writer="cache.save(path)")
 GRADIENT = "#grad"
@@ -45,6 +46,7 @@ class SavedCache:
     table: HookTable
     """The points that are in the file."""
     has_batch_dim: bool
+    has_gaps: bool
     metadata: Mapping[str, str]
 
     def to(self, device: torch.device) -> "SavedCache":
@@ -66,10 +68,19 @@ def write(cache: "ActivationCache", path: Any) -> None:
         ArgumentError: Not a path.
     """
     target = KIND.target(path)
+    KIND.write(target, *parts(cache))
+
+
+def parts(cache: "ActivationCache") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Take a cache apart into a file's tensors and metadata.
+
+    Raises:
+        CacheFileError: An entry that is not the name of a hook point.
+    """
     tensors = {name: cache[name] for name in cache} | {f"{name}{GRADIENT}": cache.grad[name] for name in cache.grad}
     for name in cache:
         _layer_of(name, _MAX_LAYERS)
-    KIND.write(target, tensors, _metadata(cache))
+    return tensors, _metadata(cache)
 
 
 def _metadata(cache: "ActivationCache") -> dict[str, str]:
@@ -80,6 +91,7 @@ def _metadata(cache: "ActivationCache") -> dict[str, str]:
     return {
         **(cache.metadata if model is None else origin(model)),
         "has_batch_dim": json.dumps(cache.has_batch_dim),
+        "has_gaps": json.dumps(cache.has_gaps),
         "n_layers": str(cache.table.n_layers),
         "points": json.dumps(described),
         "aliases": json.dumps({alias: name for alias, name in aliases.items() if name in points}),
@@ -96,11 +108,12 @@ def read(path: Any, device: torch.device | None = None) -> SavedCache:
         CacheFileError: Not a cache file of ours, damaged, of another format version, or unsafe.
         ArgumentError: Not a path.
     """
-    saved = KIND.read(path, _read_entries)
+    saved = KIND.read(path, read_parts)
     return saved if device is None else saved.to(device)
 
 
-def _read_entries(saved: Mapping[str, Tensor], metadata: Mapping[str, str], shown: str) -> SavedCache:
+def read_parts(saved: Mapping[str, Tensor], metadata: Mapping[str, str], shown: str) -> SavedCache:
+    """Put together what `parts` took apart, and see that it is sound."""
     n_layers_text, has_batch_dim = metadata.get("n_layers", ""), metadata.get("has_batch_dim")
     if not re.fullmatch(r"[0-9]{1,5}", n_layers_text) or has_batch_dim not in ("true", "false"):
         raise CacheFileError(f"{shown!r} is damaged: its metadata lack n_layers or has_batch_dim")
@@ -121,6 +134,7 @@ def _read_entries(saved: Mapping[str, Tensor], metadata: Mapping[str, str], show
         gradients=gradients,
         table=table,
         has_batch_dim=has_batch_dim == "true",
+        has_gaps=metadata.get("has_gaps", "false") == "true",
         metadata={key: value for key, value in metadata.items() if key not in ("points", "aliases")},
     )
 

@@ -1,5 +1,6 @@
 """The call in progress: one forward of the HF model, and one forward of one of its modules."""
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["Call", "ModuleCall"]
 class Call:
     """One forward of the HF model: where it stands in the sequence, and what has fired."""
 
-    __slots__ = ("batch", "device", "fired", "n_pos", "past", "scratch", "sequences", "step")
+    __slots__ = ("batch", "device", "fired", "n_pos", "past", "scratch", "sequences", "step", "thread")
 
     def __init__(self, *, batch: int, n_pos: int, past: int, device: torch.device) -> None:
         self.batch = batch
@@ -24,6 +25,7 @@ class Call:
         self.past = past
         """Positions before this call's, in the model's cache."""
         self.device = device
+        self.thread = threading.get_ident()
         self.step = 0
         self.fired: dict[str, int] = {}
         self.scratch: dict[Any, Any] = {}

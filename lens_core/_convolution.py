@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_core._graph import with_gradient_of
+from lens_core._graph import gradients, with_gradient_of
 from lens_core._mixer import MixerCall
 
 __all__ = ["convolution", "convolution_step"]
@@ -41,7 +41,7 @@ def _convolved(
     call.notes["convolved"] = True
     if not call.watched("conv"):
         return own()
-    with torch.set_grad_enabled(call.needs_graph("conv")):
+    with gradients(call.needs_graph("conv")):
         new = call.fire("conv", plain()[..., -call.n_pos :].mT)
         explicit = call.module.act(new.mT).to(dtype) if call.changed("conv") else None
     result = own()  # also where edited: it moves the window of the cache

@@ -13,10 +13,9 @@ import attrs
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lens_core._call import ModuleCall
-from lens_core._graph import with_gradient_of
+from lens_core._graph import FunctionMode, during, gradients, with_gradient_of
 from lens_core._plan import ModuleStep
 from lens_core._watch import Watch
 from lens_core.errors import HookValueError, UnsupportedHookError
@@ -54,7 +53,7 @@ class Router:
         if "logits" in watches:
             value = _fire_flat(watches["logits"], logits, call)
             if value is not logits:
-                with _Substitute(value):
+                with during(_Substitute(value)):
                     logits, *chosen = call.module.forward(call.input)
                 logits = value
         for index, part in enumerate(("weights", "indices")):
@@ -84,7 +83,7 @@ def _fire_flat(watch: Watch, flat: Tensor, call: ModuleCall) -> Tensor:
     return flat if value is shown else value.reshape(flat.shape)
 
 
-class _Substitute(TorchFunctionMode):
+class _Substitute(FunctionMode):
     """Give the router's one linear map another result."""
 
     def __init__(self, logits: Tensor) -> None:
@@ -92,7 +91,7 @@ class _Substitute(TorchFunctionMode):
         self.logits = logits
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.logits if func is nn.functional.linear else func(*args, **(kwargs or {}))
+        return self.logits if func is nn.functional.linear and not self.is_over else func(*args, **(kwargs or {}))
 
 
 @attrs.frozen(kw_only=True)
@@ -117,7 +116,7 @@ class ExpertOutput:
     def _fire(self, watch: Watch, call: ModuleCall) -> None:
         hidden, indices, weights = _expert_arguments(call)
         now = call.run.now
-        with torch.set_grad_enabled(watch.needs_graph):
+        with gradients(watch.needs_graph):
             outputs = _one_by_one(call.module, hidden, indices, weights)
             value = watch.fire(outputs.view(now.batch, now.n_pos, *outputs.shape[1:]), beside=True)
             if watch.edited or watch.rerouted:

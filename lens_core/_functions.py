@@ -5,6 +5,7 @@ holds one dispatcher that asks the current context which run, if any, wants the 
 models see the original. The first run puts the dispatcher in, the last one takes it out.
 """
 
+import os
 import threading
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -16,8 +17,11 @@ from lens_core._context import active_runs
 __all__ = ["Slot", "function_slot", "give_back", "take"]
 
 _ABSENT: Any = object()
-_lock = threading.Lock()
 _taken: dict[tuple[int, str], "_Taken"] = {}
+# Reentrant: a block may end inside of `take`, when the garbage collector closes a generator there.
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # no other thread is left in the child, to give back what it holds
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -41,7 +45,7 @@ class Slot:
 class _Taken:
     slot: Slot
     previous: Any
-    runs: int = 1
+    takers: list[object]
 
 
 def function_slot(namespace: MutableMapping[str, Any], name: str, *, original: Any = None) -> Slot:
@@ -62,28 +66,31 @@ def _function_dispatcher(slot: Slot, original: Any) -> Any:
     return dispatch
 
 
-def take(slot: Slot) -> None:
-    """Put the slot's dispatcher in, or count one more run that needs it."""
+def take(slot: Slot, taker: object) -> None:
+    """Put the slot's dispatcher in, or note one more run that needs it."""
     with _lock:
         taken = _taken.get(slot.key)
-        if taken is not None:
-            taken.runs += 1
-            return
-        previous = slot.namespace.get(slot.name, _ABSENT)
-        original = slot.original if previous is _ABSENT else previous
-        _taken[slot.key] = _Taken(slot, previous)  # holds the namespace, so its id stays unique
-        slot.namespace[slot.name] = slot.make(slot, original)
+        if taken is None:
+            previous = slot.namespace.get(slot.name, _ABSENT)
+            original = slot.original if previous is _ABSENT else previous
+            dispatcher = slot.make(slot, original)
+            _taken[slot.key] = _Taken(slot, previous, [taker])  # holds the namespace, so its id stays unique
+            slot.namespace[slot.name] = dispatcher
+        elif taker not in taken.takers:
+            taken.takers.append(taker)
 
 
-def give_back(slot: Slot) -> None:
-    """Count one run less; the last one restores what was there."""
+def give_back(slot: Slot, taker: object) -> None:
+    """Note that a run needs the slot no longer, if it has taken it; after the last one what was there is restored."""
     with _lock:
-        taken = _taken[slot.key]
-        taken.runs -= 1
-        if taken.runs:
+        taken = _taken.get(slot.key)
+        if taken is None:
             return
-        del _taken[slot.key]
+        taken.takers[:] = [other for other in taken.takers if other is not taker]
+        if taken.takers:
+            return
         if taken.previous is _ABSENT:
-            del slot.namespace[slot.name]
+            slot.namespace.pop(slot.name, None)
         else:
             slot.namespace[slot.name] = taken.previous
+        _taken.pop(slot.key)

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, Self, cast
 
 import attrs
@@ -12,6 +13,7 @@ from lens_core._arguments import checks_arguments
 from lens_core._context import active_run
 from lens_core._declaration import Declaration
 from lens_core._hf_cache import cache_argument
+from lens_core._hf_point import hf_point
 from lens_core._plan import Run
 from lens_core._positions import read_positions
 from lens_core._state import config_facts
@@ -19,7 +21,6 @@ from lens_core._watch import HookEntry, HookFunction
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import HookPoint, HookTable, NameFilter
-from lens_core.seams import ModuleInput, ModuleOutput
 
 __all__ = ["BoundHookPoint", "Hooked"]
 
@@ -33,7 +34,10 @@ class Hooked:
         self.bare_model: Any = getattr(hf_model, "_orig_mod", hf_model)  # inside a torch.compile wrapper
         self.cache_argument = cache_argument(self.bare_model)
         self.config_facts = config_facts(self.bare_model)
-        self._table = HookTable(declaration.points, aliases=declaration.aliases, hf_point=self._hf_point)
+        # The table does not know this object: without a cycle, a model that nobody refers to is freed at once.
+        self._table = HookTable(
+            declaration.points, aliases=declaration.aliases, hf_point=partial(hf_point, self.bare_model)
+        )
         self.added_hooks: list[HookEntry] = []
         self.hook_contexts: dict[str, dict[str, Any]] = {}
 
@@ -59,19 +63,6 @@ class Hooked:
     def hook_dict(self) -> "HookDict":
         """The hook points by name, each with `add_hook`, `remove_hooks`, `has_hooks` and `ctx`."""
         return HookDict(self)
-
-    def _hf_point(self, name: str) -> HookPoint | None:
-        path, _, side = name.removeprefix("hf.").rpartition(".")
-        if side not in ("input", "output") or not path:
-            return None
-        try:
-            self.bare_model.get_submodule(path)
-        except AttributeError:
-            return None
-        seam = ModuleInput(path=path) if side == "input" else ModuleOutput(path=path)
-        return HookPoint(
-            name=name, shape="HF's own", equation=f"{side} of the HF module {path}", seam=seam, default=False
-        )
 
     # ------------------------------------------------------------------ adding and removing
 
@@ -261,12 +252,16 @@ class Hooked:
         start_at: int | None = None,
         stop_at: int | None = None,
         residual: Tensor | None = None,
+        is_apart: bool = False,
     ) -> Any:
-        """Make a run live: permanent hooks, added ones, those of enclosing blocks, and these."""
+        """Make a run live: permanent hooks, added ones, those of enclosing blocks, and these.
+
+        `is_apart` says that the calls may come while another thread calls the model in an enclosing block.
+        """
         parent = active_run(self.bare_model)
         added = tuple(sorted(self.added_hooks, key=lambda entry: not entry.is_permanent))
         is_plain = not entries and not sinks and start_at is None and stop_at is None
-        if is_plain and (parent.added == added if parent is not None else not added):
+        if is_plain and (parent.added == added and not is_apart if parent is not None else not added):
             return nullcontext(parent)
         return Run(
             self.bare_model,

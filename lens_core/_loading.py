@@ -1,6 +1,7 @@
 """Find, check and load what `lens.load` was asked for; never wraps or changes a model that it is given."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,14 @@ from lens_core._registry import active_registry, load_implementation, toy_folder
 from lens_core.errors import (
     ArgumentError,
     ConfigWarning,
+    LensError,
     LoadError,
     ModelNotFoundError,
     UnsupportedConfigError,
     WeightsError,
 )
 
-__all__ = ["Loaded", "load_hf", "tokenizer_options"]
+__all__ = ["Loaded", "declare", "declared_anew", "load_hf", "read_config", "tokenizer_options"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -56,10 +58,10 @@ def load_hf(source: Any, *, strict: bool, dtype: Any, device: Any, options: dict
         folder = os.fspath(toy_folder(architecture))
     else:
         architecture, folder = None, source
-    config = _read_config(folder, options)
+    config = read_config(folder, options)
     architecture = architecture or active_registry().resolve(config.model_type)
     check_config(config, architecture, strict=strict)
-    declaration = _declare(architecture, config, source)
+    declaration = declare(architecture, config, source)
     hf_model = _read_weights(folder, dtype, device, options)
     check_tree(hf_model, declaration)
     return Loaded(
@@ -78,7 +80,7 @@ def _adopt(hf_model: Any, *, strict: bool, dtype: Any, device: Any, options: dic
     architecture = active_registry().resolve(config.model_type)
     check_config(config, architecture, strict=strict)
     name = getattr(config, "name_or_path", "") or config.model_type
-    declaration = _declare(architecture, config, name)
+    declaration = declare(architecture, config, name)
     check_tree(hf_model, declaration)
     source = name if Path(name).is_dir() else None
     return Loaded(
@@ -86,11 +88,41 @@ def _adopt(hf_model: Any, *, strict: bool, dtype: Any, device: Any, options: dic
     )
 
 
-def _declare(architecture: Architecture, config: Any, name: str) -> Declaration:
-    declaration: Declaration = load_implementation(architecture)(config)
+def declared_anew(hf_model: Any, name: str) -> Loaded:
+    """Declare a copy of a model that was loaded before.
+
+    Raises:
+        UnknownModelTypeError: No plugin for the model type is installed here.
+    """
+    architecture = active_registry().resolve(hf_model.config.model_type)
+    declaration = declare(architecture, hf_model.config, name)
+    return Loaded(
+        hf_model=hf_model, declaration=declaration, architecture=architecture, tokenizer_source=None, name=name
+    )
+
+
+def declare(architecture: Architecture, config: Any, name: str) -> Declaration:
+    """Let a plugin say where everything is in a model of this config.
+
+    Raises:
+        UnsupportedConfigError: Sizes that no model has.
+        PluginLoadError: The plugin does not import.
+    """
+    check_depth(config)
+    make = load_implementation(architecture)
+    try:
+        declaration: Declaration = make(config)
+    except LensError:
+        raise
+    except Exception as error:  # a size of zero, a text for a number: whatever the plugin computes with first
+        raise UnsupportedConfigError(
+            f"the config of {name!r} is not one that {architecture.name} can describe "
+            f"({type(error).__name__}: {_first_line(error)}); check its sizes"
+        ) from error
     return attrs.evolve(declaration, cfg=attrs.evolve(declaration.cfg, model_name=name))
 
 
+_MAX_DEPTH = 1000
 CONFIG_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 _ACCESS_OPTIONS = ("cache_dir", "token", "local_files_only")  # how the hub is reached, whatever is asked of it
 
@@ -101,7 +133,13 @@ def tokenizer_options(options: dict[str, Any], tokenizer: object) -> dict[str, A
     return {name: options[name] for name in names if name in options}
 
 
-def _read_config(folder: str, options: dict[str, Any]) -> Any:
+def read_config(folder: str, options: dict[str, Any]) -> Any:
+    """Read HF's config from a folder or the hub; never runs code that comes with it.
+
+    Raises:
+        ModelNotFoundError: No such folder or id.
+        UnsupportedConfigError: A config that the installed transformers cannot read.
+    """
     from transformers import AutoConfig
 
     _refuse_unsafe(options)
@@ -112,8 +150,14 @@ def _read_config(folder: str, options: dict[str, Any]) -> Any:
         if "gguf_file" in options:
             passed["gguf_file"] = options["gguf_file"]
         auto: Any = AutoConfig
-        return auto.from_pretrained(folder, **passed)
+        # Not None: HF would then ask at the terminal whether to run the checkpoint's own code.
+        return auto.from_pretrained(folder, trust_remote_code=False, **passed)
     except Exception as error:  # a malformed config makes HF raise whatever comes first
+        if "trust_remote_code" in str(error):
+            raise UnsupportedConfigError(
+                f"{folder!r} is of a model type that transformers does not have, and asks for code of its own to be "
+                "run, which lens does not do: load the model yourself and give it to lens.load"
+            ) from error
         if "gguf_file" in options:
             raise _gguf_error(folder, options, error) from error
         if is_folder and (Path(folder) / "config.json").is_file():
@@ -198,7 +242,19 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
 
 
 def _fields(config: object) -> set[str]:
-    return {*vars(config)}
+    """Name a config's fields; plans of how to spread a model over devices, which some releases keep there, are none."""
+    return {name for name in vars(config) if not re.fullmatch(r"base_model_[a-z]+_plan", name)}
+
+
+def check_depth(config: Any) -> None:
+    """Refuse a number of layers that nobody could build: a few bytes of config must not cost memory and hours.
+
+    Raises:
+        UnsupportedConfigError: More than a thousand, none, or no number.
+    """
+    depth = getattr(config, "num_hidden_layers", 1)
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= _MAX_DEPTH:
+        raise UnsupportedConfigError(f"the config says {str(depth)[:40]} layers, not 1 to {_MAX_DEPTH}; check it")
 
 
 def check_tree(hf_model: Any, declaration: Declaration) -> None:
@@ -240,7 +296,10 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
     try:
         auto: Any = AutoModelForCausalLM
         hf_model, info = auto.from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **passed
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            **{**passed, "trust_remote_code": False},
         )
     except ImportError as error:
         raise _missing_package(folder, error) from error
@@ -248,6 +307,11 @@ def _read_weights(folder: str, dtype: Any, device: Any, options: dict[str, Any])
         raise WeightsError(
             f"the weights of {folder!r} are missing, corrupt or do not fit its config: {_first_line(error)}. "
             "Download them again, or check config.json"
+        ) from error
+    except Exception as error:  # HF computes with whatever the config says
+        raise UnsupportedConfigError(
+            f"transformers cannot build the model that the config of {folder!r} and the options ask for "
+            f"({type(error).__name__}: {_first_line(error)}); check config.json"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:

@@ -5,8 +5,10 @@ point that was asked for; seams turn groups of watches into steps; all steps at 
 """
 
 import difflib
+import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lens_core._call import Call, ModuleCall
-from lens_core._context import activated, active_run
+from lens_core._context import activate, active_run, retire
 from lens_core._functions import Slot, give_back, take
+from lens_core._taps import Site, Taps, put_tap
 from lens_core._watch import HookEntry, Sink, Watch
 from lens_core.errors import HookDidNotFireError, UnsupportedHookError
 from lens_core.hook_points import HookTable
@@ -88,16 +91,26 @@ class Run:
         self.sizes = sizes
         self.contexts = contexts
         self.added = tuple(added)
+        self.own = (*entries, *sinks)
+        """What this run adds to those of the enclosing blocks."""
         self.scoped: tuple[HookEntry, ...] = (*(parent.scoped if parent else ()), *entries)
         self.sinks: tuple[Sink, ...] = (*(parent.sinks if parent else ()), *sinks)
         self.start_at, self.stop_at, self.residual = start_at, stop_at, residual
         self.parent = parent
         self.is_compiled = is_compiled
+        self.is_over = False
+        """Whether its block has ended; whoever still knows it passes it by."""
+        self.is_gone = False
+        """Whether nothing of it is left on the model."""
         self.handlers: dict[Hashable, Callable[..., Any]] = {}
         self._modules: dict[str, nn.Module] = {}
         self._tapped: frozenset[str] = frozenset()
+        self._taps: Taps | None = None
+        self._slots: list[Slot] = []
         self.call: Call | None = None
         self.inside_model = False
+        self.in_function = False
+        """Whether one of the user's functions is running."""
         self.calls = 0
         self._steps_since_prefill = 0
         self.watches = self._watches()
@@ -202,31 +215,62 @@ class Run:
         Raises:
             HookDidNotFireError: The block ended without any call of the model.
         """
-        steps = self._compile()
-        handles: list[Any] = []
-        slots: list[Slot] = []
         try:
-            for (path, when), acts in _by_site(steps).items():
-                handles.append(self._tap(path, when, acts))
-            for step in steps:
-                if isinstance(step, SlotStep):
-                    take(step.slot)
-                    slots.append(step.slot)
-                    self.handlers[step.key] = step.handler
-            self._tapped = frozenset(step.path for step in steps)
-            is_compiled = self.is_compiled or any(map(_is_compiled, self._compilable(steps)))
-            with activated(self.hf_model, self), _eager() if is_compiled else nullcontext():
-                yield self
-            self._check_used()
+            try:
+                is_compiled = self._install(self._compile())
+                with _eager() if is_compiled else nullcontext():
+                    yield self
+                self._check_used()
+            finally:
+                self._uninstall()
         finally:
-            for slot in slots:
-                give_back(slot)
-            for handle in handles:
-                handle.remove()
-            self.handlers.clear()
-            self.leave_call()
-            self.watches.clear()  # they know the run: no cycle is left, nor the tensors in it
-            self.residual = None
+            self._uninstall()  # an interrupt (Ctrl-C) may have cut the first one short
+
+    def _install(self, steps: Sequence[ModuleStep | SlotStep]) -> bool:
+        """Put the taps in, go live, and tell whether anything that the run goes through is compiled.
+
+        What there is to take out again is written down before it is put in.
+        """
+        self._slots = [step.slot for step in steps if isinstance(step, SlotStep)]
+        self._taps = Taps(self, _by_site(steps))
+        self._taps.install(self._tap)
+        for step in steps:
+            if isinstance(step, SlotStep):
+                take(step.slot, self)
+                self.handlers[step.key] = step.handler
+        self._tapped = frozenset(step.path for step in steps)
+        activate(self)
+        return self.is_compiled or any(map(_is_compiled, self._compilable(steps)))
+
+    def _tap(self, path: str, when: str, acts: Sequence[Callable[[ModuleCall], None]]) -> Any:
+        return put_tap(self, path, when, acts)
+
+    def _uninstall(self) -> None:
+        """Take everything out again; may be called anew after an interrupt, wherever that came."""
+        if self.is_gone:
+            return
+        self.is_over = True
+        retire(self)
+        for slot in self._slots:
+            give_back(slot, self)
+        if self._taps is not None:
+            self._taps.remove()
+        self._leave_inner_runs()
+        self.handlers.clear()
+        self.leave_call()
+        self.watches.clear()  # they know the run: no cycle is left, nor the tensors in it
+        self.residual = None
+        self.is_gone = True
+
+    def _leave_inner_runs(self) -> None:
+        """Take what this block asked for out of those inside of it that go on: blocks need not end in turn."""
+        innermost = active_run(self.hf_model)
+        lineage = [] if innermost is None else list(innermost.lineage())
+        for run in takewhile(lambda run: run is not self, lineage) if self in lineage else ():
+            run.scoped = tuple(entry for entry in run.scoped if entry not in self.own)
+            run.sinks = tuple(sink for sink in run.sinks if sink not in self.own)
+            for watch in run.watches:
+                watch.drop(self.own)
 
     def _compilable(self, steps: Iterable[ModuleStep | SlotStep]) -> Iterator[nn.Module]:
         """The modules that somebody may have compiled: the model, its base, the blocks, and those with taps."""
@@ -235,23 +279,32 @@ class Run:
         for path in {step.path for step in steps}:
             yield self.module(path)
 
-    def _tap(self, path: str, when: str, acts: Sequence[Callable[[ModuleCall], None]]) -> Any:
-        """Register one torch hook that does all steps at one side of a module.
-
-        The functions take whatever arguments come: torch's registration is not atomic, and a forward of another thread
-        may call them without keyword arguments. There they do nothing, since the run is not live in that thread. Nor do
-        they when somebody calls a part of the model by itself.
-        """
-        module, is_inner = self.module(path), path not in ("", self.base)
-        tap = _Tap(run=self, acts=acts, is_inner=is_inner)
-        if when == "pre":
-            return module.register_forward_pre_hook(tap.before, prepend=True, with_kwargs=True)
-        return module.register_forward_hook(tap.after, prepend=True, with_kwargs=True)
-
     # ------------------------------------------------------------------ one call
+
+    def enter_model(self) -> None:
+        """Note that the model itself is called, not only its base."""
+        self._check_free()
+        self.leave_call()  # one that did not come to its end
+        self.inside_model = True
+
+    def _check_free(self) -> None:
+        """Refuse a call in the middle of another one."""
+        if self.call is not None and self.call.thread != threading.get_ident():
+            raise UnsupportedHookError(
+                "another thread is in the middle of a call in this block (or its call failed, and it made no other); "
+                "a block serves one call at a time: give each thread a block of its own"
+            )
+        if self.in_function:
+            raise UnsupportedHookError(
+                "a hook function called its own model in the block that hooks it; call it by run_with_hooks or "
+                "run_with_cache, or in a hooks() block inside the function"
+            )
 
     def begin_call(self, call: Call) -> None:
         """Start one forward of the HF model."""
+        if self.call is not None:  # the call before did not come to its end, and now the base is called by itself
+            self._check_free()
+            self.leave_call()
         if self.hf_model.training and torch.is_grad_enabled() and _is_checkpointed(self.hf_model, self._tapped):
             raise UnsupportedHookError(
                 "hooks inside a block do not survive gradient checkpointing, which runs the block again in the "
@@ -275,6 +328,7 @@ class Run:
         if self.call is not None:
             self.call.scratch.clear()
         self.call = None
+        self.inside_model = False
 
     def end_call(self) -> None:
         """Check that each place asked for was reached exactly once in the call that ends."""
@@ -305,41 +359,8 @@ class Run:
             )
 
 
-@attrs.frozen(kw_only=True, eq=False)
-class _Tap:
-    """The torch hook that does all steps at one side of a module.
-
-    Its methods are no inner functions: a type checker that watches the tests would compile those anew for every run.
-    """
-
-    run: Run
-    acts: Sequence[Callable[[ModuleCall], None]]
-    is_inner: bool
-
-    @property
-    def is_live(self) -> bool:
-        run = self.run
-        return active_run(run.hf_model) is run and (run.call is not None or not self.is_inner)
-
-    def before(self, module: nn.Module, args: Any, *rest: Any) -> Any:
-        if not self.is_live:
-            return None
-        call = ModuleCall(self.run, module, args, rest[0] if rest else {}, None)
-        for act in self.acts:
-            act(call)
-        return (call.args, call.kwargs) if call.input_changed else None
-
-    def after(self, module: nn.Module, args: Any, *rest: Any) -> Any:
-        if not self.is_live:
-            return None
-        call = ModuleCall(self.run, module, args, rest[0] if len(rest) == 2 else {}, rest[-1])
-        for act in self.acts:
-            act(call)
-        return call.output if call.output_changed else None
-
-
-def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[tuple[str, str], list[Callable[[ModuleCall], None]]]:
-    sites: dict[tuple[str, str], list[Callable[[ModuleCall], None]]] = {}
+def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[Site, list[Callable[[ModuleCall], None]]]:
+    sites: dict[Site, list[Callable[[ModuleCall], None]]] = {}
     for step in steps:
         if isinstance(step, ModuleStep):
             sites.setdefault((step.path, step.when), []).append(step.act)

@@ -6,10 +6,9 @@ here. HF's own call stands unless a function replaced a value; where gradients a
 
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from lens_core._graph import with_gradient_of
+from lens_core._graph import gradients, with_gradient_of
 from lens_core._mixer import MixerCall
 from lens_core._recurrence import walk, walk_segments
 
@@ -81,14 +80,14 @@ class Scan(Protocol):
 def run_scan(call: MixerCall, scan: Scan) -> tuple[Tensor, Tensor | None]:
     """Show everything inside a scan; give what HF's call would, and the last state unless that call has seen to it."""
     parts = (*scan.selection, *INSIDE_SCAN)
-    with torch.set_grad_enabled(call.needs_graph(*parts)):
+    with gradients(call.needs_graph(*parts)):
         scan = scan.select(call)
         found = _recur(call, scan)
     if found is None and scan.is_reference and not scan.is_step and call.watched(*OUTPUT):
         y, last = scan.fast(call, 0, call.n_pos, scan.start)  # HF's own scan, only cut open: one run, the same bits
         return scan.finish(call, y), last
     explicit = None
-    with torch.set_grad_enabled(call.needs_graph(*parts)):
+    with gradients(call.needs_graph(*parts)):
         if found is None and call.watched(*OUTPUT):
             found = _plain(call, scan)
         if found is not None:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.overrides import TorchFunctionMode
 
+from lens_core._graph import FunctionMode
 from lens_core._watch import Watch
 from lens_core.errors import UnsupportedHookError
 
@@ -25,7 +25,7 @@ class Enough(Exception):  # noqa: N818 - not an error: leaves the eager function
     """The pattern is known and nothing after it is wanted."""
 
 
-class InsideSoftmax(TorchFunctionMode):
+class InsideSoftmax(FunctionMode):
     """Intercept the one softmax of an eager attention function, and the dropout after it."""
 
     def __init__(
@@ -55,6 +55,8 @@ class InsideSoftmax(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.is_over:
+            return func(*args, **kwargs)
         if func in SOFTMAXES:
             return self._softmax(func, args, kwargs)
         if func in DROPOUTS and not self.is_real and not self.is_edited and not self.is_rerouted:

@@ -107,6 +107,10 @@ class State:
         rows = f"{self.batch} row{'' if self.batch == 1 else 's'}"
         return f"State({rows} of {self.length} positions, {len(self.cache.layers)} layers, {size:.1f} MiB)"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        """Copy every tensor, in the graph that it is in."""
+        return self.fork()
+
     @checks_arguments
     def fork(self, n: int = 1) -> "State":
         """Copy the state, every tensor included; nothing is shared with this one.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lens_core._call import ModuleCall
+from lens_core._graph import gradients
 from lens_core._plan import ModuleStep
 from lens_core._watch import Watch
 from lens_core.errors import UnsupportedHookError
@@ -70,7 +71,7 @@ class Unembedding:
         n_kept, n_pos = own.shape[1], call.run.now.n_pos
         full = own
         if n_kept != n_pos:
-            with torch.set_grad_enabled(needs_graph):
+            with gradients(needs_graph):
                 earlier = call.module.forward(call.run.now.scratch[self.path][:, : n_pos - n_kept])
             full = torch.cat([earlier, own], dim=1)
         value = full
@@ -86,7 +87,7 @@ class Unembedding:
         n_kept, n_pos = own.shape[1], call.run.now.n_pos
         full = own
         if n_kept != n_pos and self.finish is not None:
-            with torch.set_grad_enabled(any(watch.needs_graph for watch in watches)):
+            with gradients(any(watch.needs_graph for watch in watches)):
                 earlier = self.finish(call.run.now.scratch[self.path, "out"][:, : n_pos - n_kept])
             full = torch.cat([earlier, own], dim=1)
         value = full

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lens_core._call import Call
+from lens_core._graph import gradients
 from lens_core._positions import Positions, local_positions, outside_positions
 from lens_core.errors import ArgumentError, HookFunctionError, HookValueError, LensError, UnsupportedHookError
 from lens_core.hook_points import HookPoint
@@ -131,6 +132,12 @@ class Watch:
         """Attach a cache."""
         self.sinks.append(sink)
         self.by_name = self.by_name or by_name
+
+    def drop(self, given: Sequence[object]) -> None:
+        """Detach functions and caches; the place stays watched."""
+        self.entries = [entry for entry in self.entries if entry not in given]
+        self.backward = [entry for entry in self.backward if entry not in given]
+        self.sinks = [sink for sink in self.sinks if sink not in given]
 
     @property
     def keeps_graph(self) -> bool:
@@ -268,6 +275,7 @@ class Watch:
         return Hook(self.point, ctx, call, absolute, value.device)
 
     def _call(self, entry: HookEntry, handed: Tensor, hook: Hook) -> Any:
+        was_in_function, self.run.in_function = self.run.in_function, True
         try:
             return entry.fn(handed, hook=hook)
         except LensError:
@@ -278,6 +286,8 @@ class Watch:
                 f"the hook function {name!r} at {self.name!r} raised {type(error).__name__}: {error}; "
                 f"it was given a tensor of shape {tuple(handed.shape)}"
             ) from error
+        finally:
+            self.run.in_function = was_in_function
 
     def _checked(self, new: Any, shown: Tensor, entry: HookEntry) -> Tensor:
         """Hold a function's result to the place: a tensor of the same shape and device; a floating dtype is cast."""
@@ -322,7 +332,7 @@ class Watch:
         return value
 
     def _apply_backward(self, entry: HookEntry, call: Call, position: int | None, gradient: Tensor) -> Tensor | None:
-        with torch.no_grad():
+        with gradients(False):
             new = self._apply(entry, gradient, call, position=position)
         return None if new is gradient else new
 

@@ -270,7 +270,12 @@ class ActivationCache(Entries):
         saved = _cache_file.read(path, None if device is None else _device(device))
         if model is not None:
             _cache_file.check_fit(saved, model, path)
-        return cls(
+        return cls.from_saved(saved, model)
+
+    @classmethod
+    def from_saved(cls, saved: _cache_file.SavedCache, model: "LensModel | None" = None) -> "ActivationCache":
+        """Make the cache of what a file, or a pickle, holds."""
+        cache = cls(
             saved.tensors,
             table=saved.table if model is None else model.table,
             model=model,
@@ -278,6 +283,23 @@ class ActivationCache(Entries):
             gradients=saved.gradients,
             metadata=saved.metadata,
         )
+        cache.has_gaps = saved.has_gaps
+        return cache
+
+    # ------------------------------------------------------------------ copies
+
+    def __copy__(self) -> "ActivationCache":
+        """Give a new cache with the same tensors; the model is shared."""
+        return self._new(lambda _, value: value, has_batch_dim=self.has_batch_dim)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationCache":
+        """Give a new cache with copied tensors, in the graph that they are in; the model is shared."""
+        return self._new(lambda _, value: value.clone(), has_batch_dim=self.has_batch_dim)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle what `save` writes: a cache that comes back knows no model, as one that is loaded without."""
+        tensors, metadata = _cache_file.parts(self)
+        return _from_pickle, ({name: value.detach() for name, value in tensors.items()}, metadata)
 
     # ------------------------------------------------------------------ being filled
 
@@ -302,6 +324,10 @@ class ActivationCache(Entries):
         for name in self._derived:
             self._pieces.pop(name, None)
         self._derived.clear()
+
+
+def _from_pickle(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ActivationCache:
+    return ActivationCache.from_saved(_cache_file.read_parts(tensors, metadata, "a pickle"))
 
 
 def _device(given: Any) -> torch.device:

@@ -167,9 +167,9 @@ def generate_stream(
     def work() -> None:
         try:
             stop = StoppingCriteriaList([_StopWhen(stream.closed)])
-            generate(
-                model, input, max_new_tokens, return_type="tokens", streamer=stream, stopping_criteria=stop, **options
-            )
+            own: dict[str, Any] = {"return_type": "tokens", "streamer": stream, "stopping_criteria": stop}
+            with model.running(is_apart=True):  # the caller may call the model between two pieces
+                generate(model, input, max_new_tokens, **own, **options)
         except BaseException as error:  # handed to the caller's thread
             outcome.append(error)
         finally:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
+from lens_core._copies import copy_model, deepcopy_model, reduce_model
 from lens_core._declaration import LensConfig
 from lens_core._hf_cache import cache_in, note_length
 from lens_core._inputs import Inputs, read_input, token_loss
@@ -335,6 +336,9 @@ class LensModel(Pieces):
         with self.hooking(entries, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
             return self.forward(input, **kwargs)
 
+    __copy__ = copy_model
+    __deepcopy__ = deepcopy_model
+    __reduce_ex__ = reduce_model
     generate = generate
     generate_stream = generate_stream
     save_state = save_state

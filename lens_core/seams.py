@@ -15,7 +15,7 @@ from lens_core._attention import Attention
 from lens_core._branches import BranchInput, ScaledBranch
 from lens_core._call import ModuleCall
 from lens_core._experts import ExpertOutput, Router
-from lens_core._graph import with_gradient_of
+from lens_core._graph import gradients, with_gradient_of
 from lens_core._heads import HeadInput, HeadResult, Projection
 from lens_core._norms import NormKind
 from lens_core._plan import ModuleStep, SlotStep
@@ -220,7 +220,7 @@ class NormInside:
     def _fire(self, scale_watch: Watch | None, normalized_watch: Watch | None, call: ModuleCall) -> None:
         watches = [watch for watch in (scale_watch, normalized_watch) if watch is not None]
         dtype = call.input.dtype
-        with torch.set_grad_enabled(any(watch.needs_graph for watch in watches)):
+        with gradients(any(watch.needs_graph for watch in watches)):
             centred, scale = self.kind.split(call.module, call.input)
             is_new = torch.zeros((), dtype=torch.bool, device=scale.device)
             if scale_watch is not None:

@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,8 +12,8 @@ from rich.text import Text
 
 from lens_core._commands._given import MODEL_HELP, folder_of
 from lens_core._commands._terminal import console, progress
-from lens_core._registry import active_registry, load_implementation
-from lens_core.errors import EmptyFilterError, ModelNotFoundError, UnknownHookError, UnsupportedConfigError
+from lens_core._registry import active_registry
+from lens_core.errors import EmptyFilterError, UnknownHookError
 from lens_core.hook_points import HookPoint, HookTable
 
 if TYPE_CHECKING:
@@ -60,22 +59,13 @@ def read_declaration(source: str, revision: str | None = None) -> "Declaration":
 
     Raises:
         ModelNotFoundError: No such id or folder.
+        UnsupportedConfigError: A config that cannot be read, or of sizes that no model has.
         PluginError: No plugin serves it.
     """
-    import transformers
+    from lens_core._loading import declare, read_config
 
-    folder = folder_of(source)
-    auto: Any = transformers.AutoConfig
-    try:
-        config = auto.from_pretrained(folder, **({"revision": revision} if revision else {}))
-    except Exception as error:  # a malformed config makes HF raise whatever comes first
-        reason = str(error).strip().split("\n", 1)[0]
-        if (Path(folder) / "config.json").is_file():
-            raise UnsupportedConfigError(f"the config of {source!r} cannot be read: {reason}") from error
-        raise ModelNotFoundError(
-            f"no model {source!r}: give an HF id that can be reached, a folder with config.json, or toy:gpt2 ({reason})"
-        ) from error
-    return load_implementation(active_registry().resolve(config.model_type))(config)
+    config = read_config(folder_of(source), {"revision": revision} if revision else {})
+    return declare(active_registry().resolve(config.model_type), config, source)
 
 
 def _chosen(table: HookTable, names: Sequence[str] | None, layer: int | None) -> list[HookPoint]:

@@ -71,6 +71,8 @@ class HeadInput:
         for part, projection in self.projections.items():
             if by_part.keys() & {part, "attn", f"{part}_rep"}:
                 yield ModuleStep(path=projection.path, when="post", act=lambda call, p=part: self._override(p, call))
+            if f"{part}_rep" in by_part and projection.norm is not None and projection.norm_takes == "whole":
+                yield ModuleStep(path=projection.norm, when="pre", act=lambda call, p=part: self._norm_whole(p, call))
         if is_repeated:
             yield from attention_steps(self.attention, {}, run)
 
@@ -123,15 +125,23 @@ class HeadInput:
         groups = copies.tensor.shape[2] // (projection.columns.heads or 1)
         own = [head // groups for head in heads]
         values = self._projected(part, copies, heads, own, call)
-        if projection.norm is not None:
+        if projection.norm is not None and projection.norm_takes != "whole":
             module, whole = call.run.module(projection.norm), projection.columns.read(call.result, call.run)
-            each = [
-                _normed(module, whole, values[:, :, index], head, projection.norm_takes)
-                for index, head in enumerate(own)
-            ]
-            values = torch.stack(each, dim=2)
+            values = _each_normed(module, whole, values, own, projection.norm_takes)
         rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
         return Override(heads=heads, values=values, edited=bool(edited), rotary=rotary)
+
+    def _norm_whole(self, part: str, call: ModuleCall) -> None:
+        """Norm the override's heads where all heads are normed together: beside what functions made of the others."""
+        scratch, key = call.run.now.scratch, (self.attention, f"{part}_rep")
+        override: Override | None = scratch.get(key)
+        if override is None:
+            return
+        heads = self.projections[part].columns.heads or 1
+        groups = (self.projections["q"].columns.heads or 1) // heads
+        whole, own = call.input.unflatten(-1, (heads, -1)), [head // groups for head in override.heads]
+        values = _each_normed(call.module, whole, override.values, own, "whole")
+        scratch[key] = attrs.evolve(override, values=values)
 
     def _projected(
         self, part: str, copies: "_Copies", heads: Sequence[int], own: Sequence[int], call: ModuleCall
@@ -173,6 +183,12 @@ class _Copies:
     def repeated(self, groups: int) -> "_Copies":
         """Give each query head of a group that group's copy."""
         return attrs.evolve(self, tensor=self.tensor.repeat_interleave(groups, dim=2), edited=False, rerouted=False)
+
+
+def _each_normed(module: Any, whole: Tensor, values: Tensor, own: Sequence[int], takes: str) -> Tensor:
+    """Norm the heads of `values`, each in the place of its own head among `whole`."""
+    each = [_normed(module, whole, values[:, :, index], head, takes) for index, head in enumerate(own)]
+    return torch.stack(each, dim=2)
 
 
 def _normed(module: Any, whole: Tensor, own: Tensor, head: int, takes: str) -> Tensor:

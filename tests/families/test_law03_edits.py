@@ -141,6 +141,16 @@ def test_edits_under_padding_equal_golden(subject, wide, side):
     assert not off
 
 
+@pytest.mark.once
+@pytest.mark.subjects(lambda subject: subject.name in ("olmo2", "qwen3", "llama"))
+def test_an_edited_key_is_normed_beside_the_keys_that_functions_made(subject, wide):
+    """Law 3: where all heads are normed together, a query head's own key sees an edit of the other heads' keys."""
+    tokens = random_tokens(2, 5)
+    own, keys = "blocks.1.hook_k_input_rep", "blocks.1.attn.hook_k"
+    edits = {own: only_head(subject.edit_at(own), 0), keys: subject.edit_at(keys)}
+    check(wide, tokens, list(edits.items()), edits)
+
+
 @pytest.mark.sampled
 def test_several_edits_compose(subject, wide):
     """Law 3: mild edits at many names at once, as golden composes them."""

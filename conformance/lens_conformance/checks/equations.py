@@ -121,29 +121,28 @@ class _Block:
 
 def _copies_are_read(case: Case, one: Pair, ids: Tensor) -> None:
     """Edit the copies that a projection reads, and see that it read them: through its norm, and to each query head."""
-    [layer] = {case.integer(0, one.model.cfg.n_layers - 1, "layer of the copies")}
+    layer, part = case.integer(0, one.model.cfg.n_layers - 1, "layer of the copies"), case.choice("qkv", "copies of")
     at, model = f"blocks.{layer}.", one.model
     norm = model.declaration.norms.get("ln1")
-    for part in "qkv":
-        copy, made = f"{at}hook_{part}_input", f"{at}attn.hook_{part}"
-        if not {copy, made} <= set(one.names()):
-            continue
-        with torch.no_grad(), model.hooks(fwd_hooks=[(copy, case.family.edit_at(copy))]):
-            _, cache = model.run_with_cache(ids, names_filter=one.names())
-        read = cache[copy]
-        if norm is not None:
-            read = one.hf.get_submodule(norm.path.format(layer=layer)).forward(read)
-        try:
-            weight, bias = model.weight(f"W_{part.upper()}", layer), model.weight(f"b_{part.upper()}", layer)
-        except LensError:
-            continue
-        expected = torch.einsum("bphd,hde->bphe", read, weight) + bias
-        case.same(f"{made}, which is the edited {copy} through its norm and W_{part.upper()},", cache[made], expected)
-        seen, repeated = f"{at}attn.hook_{part}_rep", f"{copy}_rep"
-        if repeated in one.names() and seen in one.names() and not _norm_spans_heads(one, at, part):
-            with torch.no_grad(), model.hooks(fwd_hooks=[(repeated, case.family.edit_at(repeated))]):
-                _, other = model.run_with_cache(ids, names_filter=[seen])
-            case.same(f"{seen}, the same whether {repeated} or {copy} is edited,", other[seen], cache[seen])
+    copy, made = f"{at}hook_{part}_input", f"{at}attn.hook_{part}"
+    if not {copy, made} <= set(one.names()):
+        return
+    with torch.no_grad(), model.hooks(fwd_hooks=[(copy, case.family.edit_at(copy))]):
+        _, cache = model.run_with_cache(ids, names_filter=one.names())
+    read = cache[copy]
+    if norm is not None:
+        read = one.hf.get_submodule(norm.path.format(layer=layer)).forward(read)
+    try:
+        weight, bias = model.weight(f"W_{part.upper()}", layer), model.weight(f"b_{part.upper()}", layer)
+    except LensError:
+        return
+    expected = torch.einsum("bphd,hde->bphe", read, weight) + bias
+    case.same(f"{made}, which is the edited {copy} through its norm and W_{part.upper()},", cache[made], expected)
+    seen, repeated = f"{at}attn.hook_{part}_rep", f"{copy}_rep"
+    if repeated in one.names() and seen in one.names() and not _norm_spans_heads(one, at, part):
+        with torch.no_grad(), model.hooks(fwd_hooks=[(repeated, case.family.edit_at(repeated))]):
+            _, other = model.run_with_cache(ids, names_filter=[seen])
+        case.same(f"{seen}, the same whether {repeated} or {copy} is edited,", other[seen], cache[seen])
 
 
 def _norm_spans_heads(one: Pair, at: str, part: str) -> bool:
@@ -151,5 +150,5 @@ def _norm_spans_heads(one: Pair, at: str, part: str) -> bool:
     normed = f"{at}attn.hook_{part}_normed"
     if normed not in one.model.table:
         return False
-    module = one.hf.get_submodule(one.model.table[normed].seam.path)
-    return bool(module.weight.numel() != one.model.cfg.d_head)
+    weight = getattr(one.hf.get_submodule(one.model.table[normed].seam.path), "weight", None)
+    return weight is not None and weight.numel() != one.model.cfg.d_head

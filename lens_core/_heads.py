@@ -139,7 +139,7 @@ class HeadInput:
             return
         heads = self.projections[part].columns.heads or 1
         groups = (self.projections["q"].columns.heads or 1) // heads
-        whole, own = call.input.unflatten(-1, (heads, -1)), [head // groups for head in override.heads]
+        whole, own = Columns(heads=heads).pick(call.input), [head // groups for head in override.heads]
         values = _each_normed(call.module, whole, override.values, own, "whole")
         scratch[key] = attrs.evolve(override, values=values)
 

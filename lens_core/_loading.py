@@ -23,7 +23,7 @@ from lens_core.errors import (
     WeightsError,
 )
 
-__all__ = ["Loaded", "declare", "declared_anew", "load_hf", "read_config", "tokenizer_options"]
+__all__ = ["Loaded", "declare", "declared_anew", "load_hf", "read_declaration", "tokenizer_options"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -58,7 +58,7 @@ def load_hf(source: Any, *, strict: bool, dtype: Any, device: Any, options: dict
         folder = os.fspath(toy_folder(architecture))
     else:
         architecture, folder = None, source
-    config = read_config(folder, options)
+    config = _read_config(folder, options)
     architecture = architecture or active_registry().resolve(config.model_type)
     check_config(config, architecture, strict=strict)
     declaration = declare(architecture, config, source)
@@ -86,6 +86,18 @@ def _adopt(hf_model: Any, *, strict: bool, dtype: Any, device: Any, options: dic
     return Loaded(
         hf_model=hf_model, declaration=declaration, architecture=architecture, tokenizer_source=source, name=name
     )
+
+
+def read_declaration(folder: str, name: str, options: dict[str, Any]) -> Declaration:
+    """Read what an architecture declares about a model from its config alone.
+
+    Raises:
+        ModelNotFoundError: No such folder or id.
+        UnsupportedConfigError: A config that cannot be read, or of sizes that no model has.
+        PluginError: No plugin serves it.
+    """
+    config = _read_config(folder, options)
+    return declare(active_registry().resolve(config.model_type), config, name)
 
 
 def declared_anew(hf_model: Any, name: str) -> Loaded:
@@ -133,7 +145,7 @@ def tokenizer_options(options: dict[str, Any], tokenizer: object) -> dict[str, A
     return {name: options[name] for name in names if name in options}
 
 
-def read_config(folder: str, options: dict[str, Any]) -> Any:
+def _read_config(folder: str, options: dict[str, Any]) -> Any:
     """Read HF's config from a folder or the hub; never runs code that comes with it.
 
     Raises:

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from lens_core._commands._given import MODEL_HELP, folder_of
 from lens_core._commands._terminal import console, progress
-from lens_core._registry import active_registry
 from lens_core.errors import EmptyFilterError, UnknownHookError
 from lens_core.hook_points import HookPoint, HookTable
 
@@ -62,10 +61,9 @@ def read_declaration(source: str, revision: str | None = None) -> "Declaration":
         UnsupportedConfigError: A config that cannot be read, or of sizes that no model has.
         PluginError: No plugin serves it.
     """
-    from lens_core._loading import declare, read_config
+    from lens_core import _loading
 
-    config = read_config(folder_of(source), {"revision": revision} if revision else {})
-    return declare(active_registry().resolve(config.model_type), config, source)
+    return _loading.read_declaration(folder_of(source), source, {"revision": revision} if revision else {})
 
 
 def _chosen(table: HookTable, names: Sequence[str] | None, layer: int | None) -> list[HookPoint]:

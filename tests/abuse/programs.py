@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from abuse.models import GREEDY, TOKENS, Victim
+from abuse.models import GREEDY, TOKENS, Victim, victim
 
 from lens_core.errors import LensError
 
@@ -169,3 +169,22 @@ class Program:
         module = self.rng.choice(list(self.hf.modules()))
         register = self.rng.choice([module.register_forward_hook, module.register_forward_pre_hook])
         self.handles.append(register(lambda *_: None, prepend=self.rng.random() < 0.5))
+
+
+EVERY = 250
+"""After how many programs all of the model's state is compared."""
+
+
+def run_programs(kind: str, count: int) -> None:
+    """Run programs on one model of a kind, and assert after each that nothing is left of it."""
+    one = victim(kind)
+    modules = list(one.hf.modules())
+    for seed in range(count):
+        program = Program(one, seed)
+        program.run()
+        told = f"program {seed}:\n" + "\n".join(program.log)
+        assert one.model.added_hooks == [], told
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules), told
+        if seed % EVERY == 0 or seed == count - 1:
+            one.hf.zero_grad(set_to_none=True)
+            assert one.left() + one.generates_otherwise() == [], told

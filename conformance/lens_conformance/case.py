@@ -92,7 +92,7 @@ class Deck:
         while len(found) < min(count, len(pool)):
             wanted = next((option for option in left if option in pool and option not in found), None)
             if wanted is None:
-                left[:] = self._random.sample(pool, len(pool))
+                left += self._random.sample(pool, len(pool))  # what only other pools have stays on top
             else:
                 left.remove(wanted)
                 found.append(wanted)

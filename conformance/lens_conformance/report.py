@@ -160,9 +160,12 @@ def _told(outcome: Outcome) -> str:
     return f"worst {outcome.worst.off:.1e} of {outcome.worst.bound:.0e}" if outcome.worst.bound else ""
 
 
-def place_of(error: BaseException) -> str:
+def place_of(error: BaseException | None) -> str:
     """Say which line of a plugin an error passed last: the innermost frame that is not of lens, HF or the libraries."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames: list[traceback.FrameSummary] = []
+    while error is not None:
+        frames += traceback.extract_tb(error.__traceback__)
+        error = error.__cause__
     inner = ("site-packages", "dist-packages", "lens_core", "lens_conformance", "importlib", "<frozen", "contextlib")
     own = [frame for frame in frames if not any(part in frame.filename for part in inner)]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""

@@ -77,8 +77,11 @@ def values(case: Case) -> None:
 
 @check(4, "what branches add sums to the residual stream", judge="law")
 def residual(case: Case) -> None:
-    """At every block: the embeddings and all that was written before."""
+    """At every block, the embeddings and all that was written before; in training, dropouts included, of each block."""
     with case.exact():
+        if case.family.dropout and case.flag("training"):
+            _each_block_adds(case)
+            return
         one = case.pair(torch.float64)
         with torch.no_grad():
             _, cache = one.model.run_with_cache(case.tokens())
@@ -89,6 +92,19 @@ def residual(case: Case) -> None:
             told = f"{at}, which is {' + '.join(one.model.declaration.embeddings)} and what every block below writes"
             told += f" ({', '.join(one.model.declaration.writers)}),"
             case.same(told, cache[at], parts.sum(0), 1e-6)  # parts are kept in float32 where the cache is
+
+
+def _each_block_adds(case: Case) -> None:
+    """Compare block by block: dropout of the sum of two embeddings is no sum of theirs."""
+    one = case.pair(torch.float64, is_own=True, **case.family.dropout)
+    one.hf.train()
+    with torch.no_grad():
+        _, cache = one.model.run_with_cache(case.tokens())
+    for layer in range(one.model.cfg.n_layers):
+        at = f"blocks.{layer}."
+        written = [cache[at + name] for name in one.model.declaration.writers if at + name in cache]
+        told = f"{at}hook_resid_post in training, which is resid_pre and what the block writes after its dropouts,"
+        case.same(told, cache[f"{at}hook_resid_post"], cache[f"{at}hook_resid_pre"] + sum(written))
 
 
 @check(5, "heads, neurons and biases sum to the stream and to the logits", judge="law")

@@ -24,7 +24,7 @@ Patch = pytest.MonkeyPatch
 
 def declares(patch: Patch, change: Callable[[Any], Any]) -> None:
     """Let every model be declared otherwise: `change` takes a `Declaration`."""
-    around(patch, _loading, "_declare", lambda declare, *args: change(declare(*args)))
+    around(patch, _loading, "declare", lambda declare, *args: change(declare(*args)))
 
 
 def points(patch: Patch, change: Callable[[Any, dict[str, Any]], Any]) -> None:

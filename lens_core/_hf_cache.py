@@ -34,8 +34,9 @@ __all__ = [
     "tensors_in",
 ]
 
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-"""What HF's forwards call their cache: attention models and hybrids the first, pure state space models the second."""
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""What HF's forwards and outputs call their cache: the first from transformers 5.24 on; before, state space models the
+last, and all others the second."""
 ATTENDED = ("keys", "values")
 """A layer's tensors `[batch, heads, pos, d_head]`, which HF replaces by longer ones and never writes into."""
 RECURRENT = ("conv_states", "recurrent_states")
@@ -55,12 +56,13 @@ _lengths: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 def cache_argument(hf_model: Any) -> str:
     """Give the name by which a model's forward takes its cache."""
     known = inspect.signature(hf_model.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[0])
+    return next((name for name in CACHE_ARGUMENTS if name in known), CACHE_ARGUMENTS[1])
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
     """Find the cache among the keyword arguments, or the outputs, of an HF forward."""
-    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+    known = set(arguments.keys())  # HF's outputs warn of a name that they no longer have
+    return next((arguments[name] for name in CACHE_ARGUMENTS if name in known and arguments[name] is not None), None)
 
 
 def new_cache(hf_model: Any) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lens_core._call import ModuleCall
 from lens_core._functions import function_slot
 from lens_core._graph import with_gradient_of
+from lens_core._hf_cache import cache_in
 from lens_core._plan import ModuleStep, SlotStep
 from lens_core._views import View
 from lens_core._watch import Watch
@@ -52,7 +53,7 @@ class MixerCall:
         self.n_pos = call.run.now.n_pos
         mask = call.kwargs.get("attention_mask")
         self.real: Bool[Tensor, "batch pos"] | None = None if mask is None else mask[:, -self.n_pos :].bool()
-        self.cache: Any = call.kwargs.get("cache_params")
+        self.cache: Any = cache_in(call.kwargs)
         self.notes: dict[str, Any] = {}
 
     def watched(self, *parts: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from lens_core._arguments import checks_arguments
-from lens_core._hf_cache import note_length
+from lens_core._hf_cache import cache_in, has_attention, note_length
 from lens_core._inputs import Inputs, is_text, read_input
 from lens_core._state import NOTHING, Past, State, extended, read_past
 from lens_core._streaming import Stream, progress
@@ -281,7 +281,7 @@ def _check_rows(model: "LensModel", options: dict[str, Any], names: Sequence[str
 def _call_hf(model: "LensModel", past: Past, inputs: Inputs, options: dict[str, Any], *, streamer: Any) -> Any:
     mask = inputs.attention_mask
     if mask is None and inputs.tokens is not None:
-        before = past.length if model.cache_argument == "past_key_values" else 0
+        before = past.length if past.cache is not None and has_attention(past.cache) else 0
         mask = torch.ones_like(inputs.tokens[:, :1]).repeat(1, before + inputs.tokens.shape[1])
     if streamer is not None:
         options = {"streamer": streamer, **options}
@@ -314,8 +314,8 @@ def _state_after(model: "LensModel", past: Past, inputs: Inputs, output: Any, en
     before = inputs.whole_mask
     if before is None:
         before = torch.ones(len(run), past.length + prompt, dtype=torch.long, device=run.device)
-    note_length(output.past_key_values, past.length + run.shape[1])
-    return extended(model, past, output.past_key_values, run, torch.cat([before, 1 - after_end.long()], dim=1))
+    note_length(cache_in(output), past.length + run.shape[1])
+    return extended(model, past, cache_in(output), run, torch.cat([before, 1 - after_end.long()], dim=1))
 
 
 def _pad_id(model: "LensModel") -> int:

@@ -24,7 +24,7 @@ def followed(one):
     return [name for name in one.edited_names() if one.subject.decodes(name)]
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_prefill_and_decode_with_an_edit_equal_the_whole(subject, wide):
     """Law 3: the edit in every call: prefill, single steps and a chunk."""
     tokens, off = random_tokens(2, 7), {}
@@ -37,7 +37,7 @@ def test_prefill_and_decode_with_an_edit_equal_the_whole(subject, wide):
     assert not off
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_edit_in_prefill_reaches_bare_decode(subject, wide):
     """Law 3: what prefill's edit did is in the cache that bare decoding reads."""
     tokens, off = random_tokens(2, 6), {}
@@ -95,7 +95,7 @@ def greedy(one, prompt, edits):
     return prompt
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_values_while_decoding_with_an_edit_equal_golden(subject, wide):
     """Law 3: the values at all names in every step are golden's with the edit: those that enter the model's cache."""
     tokens = random_tokens(2, 6)

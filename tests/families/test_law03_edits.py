@@ -19,7 +19,7 @@ def every(one, step, names=None):
     return names if one.subject.full else names[sum(map(ord, one.subject.name)) % step :: step]
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_edit_has_golden_effect_everywhere(subject, wide):
     """Law 3: logits and the value at every other name are golden's with the same edit, for every name of a layer.
 
@@ -32,7 +32,7 @@ def test_an_edit_has_golden_effect_everywhere(subject, wide):
 
 
 @pytest.mark.once
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_edit_in_the_first_and_the_last_block_has_golden_effect(subject, wide):
     """Law 3: the same at the ends of the stack: all names in full, else every ninth."""
     tokens = random_tokens(2, 5)
@@ -41,7 +41,7 @@ def test_an_edit_in_the_first_and_the_last_block_has_golden_effect(subject, wide
         check(wide, tokens, [(name, edit)], {name: edit})
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_edit_alone_has_golden_effect(subject, wide):
     """Law 3: with nothing else asked for, the logits are golden's: returned, in place, with a graph or not."""
     tokens = random_tokens(2, 5)
@@ -68,7 +68,7 @@ def test_an_edit_in_place_has_golden_effect_with_a_graph(subject, wide):
             assert error(wide.hf(tokens).logits, expected) <= TOLERANCE, f"{name} through the HF model"
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_edit_is_right_to_float32_precision(subject, narrow):
     """Law 3: in float32, HF unmodified, the error of an edited run is a rounding error."""
     tokens, off = random_tokens(2, 5), {}
@@ -82,7 +82,7 @@ def test_an_edit_is_right_to_float32_precision(subject, narrow):
 
 
 @pytest.mark.once
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_edit_of_one_head_reaches_that_head(subject, wide):
     """Law 3: an edit of one head's (or channel's) part equals golden's: each head in full, else the second."""
     tokens = random_tokens(2, 5)
@@ -98,7 +98,7 @@ def test_an_edit_of_one_head_reaches_that_head(subject, wide):
 
 
 @pytest.mark.once
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_an_entry_may_name_positions(subject, wide):
     """Law 3: an entry with positions is shown those only, and edits those only."""
     tokens = random_tokens(2, 6)
@@ -124,7 +124,7 @@ def test_an_entry_may_name_positions(subject, wide):
 
 
 @pytest.mark.once
-@pytest.mark.sampled
+@pytest.mark.in_full
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_edits_under_padding_equal_golden(subject, wide, side):
     """Law 3: under a mask the logits at real positions are golden's with the same edit."""
@@ -151,7 +151,7 @@ def test_an_edited_key_is_normed_beside_the_keys_that_functions_made(subject, wi
     check(wide, tokens, list(edits.items()), edits)
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_several_edits_compose(subject, wide):
     """Law 3: mild edits at many names at once, as golden composes them."""
     tokens = random_tokens(2, 5)
@@ -163,7 +163,7 @@ def test_several_edits_compose(subject, wide):
 
 
 @pytest.mark.once
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_writing_into_the_argument_reaches_nothing_upstream(subject, wide):
     """Law 3: an in-place edit does not reach values upstream or beside that share storage in HF."""
     tokens = random_tokens(2, 5)

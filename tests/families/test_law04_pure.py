@@ -33,7 +33,7 @@ def quiet(examples):
     )
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_reading_any_subset_leaves_the_logits(subject, attn, dtype):
     """Law 4: any subset of names, read by cache, by function or both; padded or not; in each autograd mode."""
@@ -68,7 +68,7 @@ def test_reading_any_subset_leaves_the_logits(subject, attn, dtype):
     prove()
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_reading_one_name_leaves_the_logits(subject, narrow):
     """Law 4: each name alone, by cache, by function, at some positions; in each autograd mode in full."""
     tokens = random_tokens(2, 6)
@@ -81,7 +81,7 @@ def test_reading_one_name_leaves_the_logits(subject, narrow):
                 assert torch.equal(narrow.model.run_with_hooks(tokens, fwd_hooks=[entry]), expected), name
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_returning_the_value_unchanged_leaves_the_logits(narrow):
     """Law 4: a function that returns its argument, or an equal copy, without autograd, changes no bit."""
     tokens, off = random_tokens(2, 6), {}
@@ -95,7 +95,7 @@ def test_returning_the_value_unchanged_leaves_the_logits(narrow):
     assert not off
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_reading_leaves_random_numbers_and_parameter_gradients(subject, attn, train):
     """Law 4: with dropout on, reading draws no number more, and no gradient bit changes."""
@@ -143,7 +143,7 @@ def generated(model, tokens, mask, **options):
     return out.sequences, torch.stack(out.logits), torch.get_rng_state()
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
 def test_reading_leaves_generation(subject, narrow, sample):
     """Law 4: generation with everything read gives HF's tokens, logits and random state, padded or not."""
@@ -158,7 +158,7 @@ def test_reading_leaves_generation(subject, narrow, sample):
             assert torch.equal(left, right)
 
 
-@pytest.mark.sampled
+@pytest.mark.in_full
 def test_greedy_generation_of_many_lengths_is_hfs(subject, narrow):
     """Law 4: prompts of 1 to 40 tokens: lens' generation with everything read continues them as HF does."""
     options = {"max_new_tokens": 4, "do_sample": False}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from abuse.models import GREEDY, TOKENS, Victim, victim
 
+from lens_core._context import active_runs
 from lens_core.errors import LensError
 
 
@@ -184,6 +185,7 @@ def run_programs(kind: str, count: int) -> None:
         program.run()
         told = f"program {seed}:\n" + "\n".join(program.log)
         assert one.model.added_hooks == [], told
+        assert not active_runs(), told
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules), told
         if seed % EVERY == 0 or seed == count - 1:
             one.hf.zero_grad(set_to_none=True)

@@ -16,20 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text(parser, required=False)
     parser.add_argument("--examples", metavar="N", type=int, default=3, help="of each check (default: 3)")
     parser.add_argument("--layers", metavar="N", type=int, default=3, help="blocks whose names are tried (default: 3)")
-    parser.add_argument(
-        "--memory",
-        metavar="GIB",
-        type=float,
-        default=2.0,
-        help="that the weights may take in float64, for the independent forward pass (default: 2)",
-    )
+    told = "for the weights in float64 (default: 2)"
+    parser.add_argument("--memory", metavar="GIB", type=float, default=2.0, help=told)
     parser.add_argument("--only", metavar="CHECK", action="append", default=[], help="this check; may be repeated")
-    parser.add_argument(
-        "--out", metavar="FILE", help="write the certificate there (default: where `lens plugins` looks)"
-    )
+    parser.add_argument("--out", metavar="FILE", help="where to write the certificate")
     parser.add_argument("--json", action="store_true", help="print the certificate instead of a table")
     add_loading(parser)
-    parser.epilog = "Needs lens-conformance. The exit code is 0 where everything passed, and 1 where something did not."
+    parser.epilog = "Needs lens-conformance. The exit code is 1 where something does not hold."
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: help demo test docs bench mutants conformance drift real lint clean
+.PHONY: help demo test docs bench mutants conformance certificates drift real lint clean
 
 help: ## Say what there is to make.
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 12
@@ -28,6 +28,11 @@ mutants: .venv/.dev ## See that the conformance kit notices every way it knows o
 
 conformance: .venv/.dev ## Hold every plugin to the kit; ARGS="--lens-level thorough" goes to pytest.
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --rootdir=conformance --config-file=conformance/pyproject.toml --numprocesses=2 conformance $(ARGS)
+
+certificates: .venv/.dev ## Write the kit's report of every plugin into benchmarks/conformance; ARGS="--lens-level thorough".
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --rootdir=conformance --config-file=conformance/pyproject.toml -q --numprocesses=2 \
+		--lens-report benchmarks/conformance/certificates $(ARGS) conformance/tests/test_families.py
+	@$(BIN)/python scripts/kit_reports.py
 
 drift: .venv/.dev ## Hold every plugin to the kit on another release; TRANSFORMERS=5.22.0 names it.
 	@scripts/drift "$(TRANSFORMERS)"

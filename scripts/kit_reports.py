@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Write what the conformance kit's reports say into the documentation.
+
+In benchmarks/conformance, `make drift` leaves reports in the folder of a release, `make certificates` in `certificates`.
+
+python scripts/kit_reports.py            # write both tables
+python scripts/kit_reports.py --check    # exit 1 where one is out of date
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from generated import update
+from packaging.version import InvalidVersion, Version
+
+ROOT = Path(__file__).parents[1]
+REPORTS, PAGE = ROOT / "benchmarks" / "conformance", ROOT / "docs" / "conformance.md"
+
+
+def reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Give the reports of a folder by model type."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def releases() -> list[Path]:
+    """Give the folders of transformers' releases, oldest first."""
+
+    def release(folder: Path) -> Version | None:
+        try:
+            return Version(folder.name)
+        except InvalidVersion:
+            return None
+
+    found = [(version, folder) for folder in REPORTS.iterdir() if (version := release(folder)) is not None]
+    return [folder for _, folder in sorted(found)]
+
+
+def drift() -> Iterator[str]:
+    """Give a row for each model type: what failed on each release, or how many properties held."""
+    found = {folder.name: reports(folder) for folder in releases()}
+    yield f"| model type | {' | '.join(found)} |"
+    yield f"|---|{'---|' * len(found)}"
+    for model_type in sorted({name for release in found.values() for name in release}):
+        yield f"| `{model_type}` | {' | '.join(_held(release.get(model_type)) for release in found.values())} |"
+
+
+def _held(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "not there"
+    failed = [outcome["name"] for outcome in report["outcomes"] if outcome["status"] in ("failed", "raised")]
+    held = sum(outcome["status"] in ("passed", "known") for outcome in report["outcomes"])
+    whole = "" if report["is_whole"] else ", not whole"
+    return f"{held}{whole}" + (f"; **fails** {', '.join(failed)}" if failed else "")
+
+
+def certificates() -> Iterator[str]:
+    """Give a row for each model type: level, examples, what judged, and the errors nearest to their bounds."""
+    yield "| model type | level | made | examples | by HF | by laws | by golden | nearest to its bound | failed |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for model_type, report in reports(REPORTS / "certificates").items():
+        tried = [outcome for outcome in report["outcomes"] if outcome["examples"]]
+        judged = [sum(outcome["judge"] == judge for outcome in tried) for judge in ("hf", "law", "golden")]
+        bounded = [outcome for outcome in tried if outcome["worst"]["bound"]]
+        worst = max(bounded, key=lambda outcome: outcome["worst"]["off"] / outcome["worst"]["bound"])
+        told = f"`{worst['name']}`: {worst['worst']['off']:.0e} of {worst['worst']['bound']:.0e}"
+        failed = [o["name"] for o in report["outcomes"] if o["status"] in ("failed", "raised")]
+        cells = (report["level"], report["made"], sum(o["examples"] for o in tried), *judged, told, ", ".join(failed))
+        yield f"| `{model_type}` | {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    is_check = "--check" in sys.argv[1:]
+    made = [
+        update(PAGE, "drift", "\n".join(drift()), check=is_check),
+        update(PAGE, "certificates", "\n".join(certificates()), check=is_check),
+    ]
+    sys.exit(max(made))

@@ -15,7 +15,7 @@ from lens_conformance.case import Case, tokens
 from lens_conformance.checks import check
 from lens_conformance.fingerprint import differences, fingerprint
 from lens_conformance.float64 import Wide
-from lens_conformance.oracle import new_pair, plain, tiny_config
+from lens_conformance.oracle import Pair, new_pair, plain, tiny_config, tiny_model
 from lens_core.errors import LensError, UnsupportedConfigError
 from lens_core.plugin import Capability
 
@@ -292,20 +292,21 @@ def threads(case: Case) -> None:
 )
 def configuration(case: Case) -> None:
     """A field in `config_ignored` at another value; a field of HF's that the plugin does not hold."""
-    family, ids = case.family, tokens(2, 5)
+    family, ids = case.family, tokens(2, 12)
     base = new_pair(family)
     architecture = base.model.architecture
-    config = tiny_config(family, {})
-    default = type(config)()
-    ignored = [name for name in architecture.config_ignored if isinstance(getattr(default, name, None), int | float)]
-    if ignored:
-        name = case.choice(ignored, "ignored field")
+    default = type(tiny_config(family, {}))()
+    both = sorted({*architecture.config_ignored} & {*family.axes})
+    assert not both, (
+        f"{', '.join(both)} is in config_ignored, and the type's checkpoints vary it: it changes the values"
+    )
+    ignored = [name for name in architecture.config_ignored if hasattr(default, name)]
+    for name in case.deal(ignored, 3):
         value = getattr(default, name)
-        other = new_pair(family, overrides={name: _another(value)})
-        other.hf.load_state_dict(base.hf.state_dict())
-        with torch.no_grad():
-            ours, expected = other.hf(ids), base.hf(ids)
-        case.equal(f"the logits with the ignored {name} changed", ours.logits, expected.logits)
+        tried = [_is_ignored(case, base, name, other, ids) for other in _others(value)]
+        assert any(tried) or not isinstance(value, int | float), (
+            f"HF builds and runs no model at another value of the ignored {name}, so that nothing shows that it is"
+        )
     hf = new_pair(family).hf
     hf.config.__class__ = _grown(type(hf.config))
     hf.config.field_of_a_later_release = 1
@@ -331,6 +332,46 @@ def _grown(config_class: Any) -> Any:
     return Grown
 
 
-def _another(value: Any) -> Any:
-    """Give another value of the same kind, within what HF's configs let pass."""
-    return (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 + 0.25
+def _others(value: Any) -> list[Any]:
+    """Give other values that HF's configs may let pass: of the same kind, small ones, and none at all."""
+    if isinstance(value, bool):
+        found: list[Any] = [not value]
+    elif isinstance(value, int):
+        found = [value + 1, 1, 2, 0, None]
+    elif isinstance(value, float):
+        found = [value / 2 + 0.25, 0.0, 1.0, 2.0, None]
+    else:
+        found = ["relu", "silu"] if isinstance(value, str) else [1, 2, 0.5, True]
+    return [other for other in found if other is not value and (other is None or other != value)]
+
+
+def _is_ignored(case: Case, base: Pair, name: str, value: Any, ids: Tensor) -> bool:
+    """See that a value of a field changes no bit, in evaluation and in training; whether HF runs with it at all.
+
+    Dropout draws from the same seed in both.
+    """
+    try:
+        other = tiny_model(base.family, {name: value})
+        _seeded(other, ids, is_training=False)
+    except Exception:  # HF's own refusal of the value: there is no such checkpoint
+        return False
+    told, known = f"with the ignored {name} at {value!r}", base.reference.state_dict()
+    shapes = [{key: tuple(tensor.shape) for key, tensor in state.items()} for state in (other.state_dict(), known)]
+    assert shapes[0] == shapes[1], f"{told}, HF's model has other parameters"
+    other.load_state_dict(known)
+    for is_training in (False, True):
+        ours, expected = (_seeded(hf, ids, is_training=is_training) for hf in (other, base.reference))
+        case.equal(f"the logits {told}, in {'training' if is_training else 'evaluation'},", ours, expected)
+    lens.load(other)
+    return True
+
+
+def _seeded(hf: Any, ids: Tensor, *, is_training: bool) -> Tensor:
+    """Give HF's logits with random numbers from a fixed seed; the model is left in evaluation."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        hf.train(is_training)
+        try:
+            return hf(ids, use_cache=False).logits
+        finally:
+            hf.eval()

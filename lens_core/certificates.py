@@ -25,6 +25,8 @@ __all__ = ["FORMAT", "Stamp", "package_of", "source_digest", "stamp_folder", "st
 
 FORMAT = 1
 """Of the certificates' JSON."""
+NOT_FOUND = "not found"
+_KIT = "lens_conformance"
 _MOST_BYTES = 10_000_000
 
 
@@ -37,6 +39,7 @@ class Stamp:
         level: How many examples: `fast`, `default`, `thorough`, or `checkpoint`.
         made: The day, as `2026-11-28`.
         path: The file.
+        remark: What it does not say: how many checks nothing could judge, and the dtype of a checkpoint.
         problem: Why it does not hold; empty where it does.
     """
 
@@ -45,6 +48,7 @@ class Stamp:
     level: str
     made: str
     path: Path
+    remark: str = ""
     problem: str = ""
 
     @property
@@ -78,17 +82,24 @@ def source_digest(package: str) -> str:
     Read once a process; about 5 ms for the core.
     """
     spec = find_spec(package)
-    folders = sorted(spec.submodule_search_locations or ()) if spec is not None else []
+    if spec is None:
+        return NOT_FOUND
+    folders = [Path(folder) for folder in sorted(spec.submodule_search_locations or ())]
+    files = [(path.relative_to(folder), path) for folder in folders for path in folder.rglob("*.py")]
+    if not folders and spec.origin is not None:  # a package of one file
+        files = [(Path(spec.origin).relative_to(Path(spec.origin).parent), Path(spec.origin))]
     digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("*.py"), key=lambda path: path.as_posix()):
-            code = path.read_bytes()
-            digest.update(f"{path.relative_to(folder).as_posix()} {len(code)}\n".encode() + code)
-    return digest.hexdigest()[:16] if folders else "not found"
+    for name, path in sorted(files, key=lambda file: file[0].as_posix()):
+        code = path.read_bytes()
+        digest.update(f"{name.as_posix()} {len(code)}\n".encode() + code)
+    return digest.hexdigest()[:16] if files else NOT_FOUND
 
 
 def versions_of(record: PluginRecord, architecture: Architecture) -> dict[str, str]:
-    """Give what a certificate holds for: versions of what computes, and digests of the code of core and plugin."""
+    """Give what a certificate holds for: versions of what computes, and digests of the code of core and plugin.
+
+    The kit's own are among them where it is installed.
+    """
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("torch", "transformers", "lens-core"):
         try:
@@ -97,6 +108,8 @@ def versions_of(record: PluginRecord, architecture: Architecture) -> dict[str, s
             found[name] = "not installed"
     package = package_of(architecture)
     found["lens-core code"] = source_digest("lens_core")
+    if find_spec(_KIT) is not None:
+        found |= {"lens-conformance": version("lens-conformance"), "lens-conformance code": source_digest(_KIT)}
     return {**found, "plugin": record.label, "plugin code": source_digest(package)}
 
 
@@ -126,18 +139,26 @@ def _read(path: Path, here: Mapping[str, str]) -> Iterator[Stamp]:
     texts = {name: facts.get(name) for name in ("model_type", "subject", "level", "made")}
     if not all(isinstance(text, str) for text in texts.values()):
         return
-    yield Stamp(**cast("dict[str, str]", texts), path=path, problem=_problem(facts, here))
+    yield Stamp(**cast("dict[str, str]", texts), path=path, remark=_remark(facts), problem=_problem(facts, here))
+
+
+def _remark(facts: Mapping[str, Any]) -> str:
+    outcomes: list[Any] = cast("list[Any]", facts["outcomes"]) if isinstance(facts.get("outcomes"), list) else []
+    statuses = [cast("dict[str, Any]", one).get("status") for one in outcomes if isinstance(one, dict)]
+    unjudged = statuses.count("not judged")
+    told = [f"{unjudged} of {len(statuses)} checks not judged"] if unjudged else []
+    return ", ".join([*told, *([f"in {facts.get('dtype')}"] if facts.get("level") == "checkpoint" else [])])
 
 
 def _problem(facts: Mapping[str, Any], here: Mapping[str, str]) -> str:
     if facts.get("format") != FORMAT:
         return f"its format is {facts.get('format')!r}, and this lens-core reads {FORMAT}"
-    if facts.get("passed") is not True:
+    if facts.get("passed") is not True or not facts.get("outcomes"):
         return "not everything passed"
     made_with: Any = facts.get("versions")
     if not isinstance(made_with, dict):
         return "it does not say which versions it was made with"
     made_with = cast("dict[str, Any]", made_with)
-    other = [name for name, is_now in here.items() if made_with.get(name) != is_now]
+    other = [name for name, now in here.items() if now == NOT_FOUND or made_with.get(name) != now]
     told = [name if name.endswith("code") else f"{name} {made_with.get(name)}" for name in other]
     return f"made with other {', '.join(told)}" if other else ""

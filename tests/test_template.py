@@ -127,5 +127,5 @@ def test_a_mistake_is_found_by_name(plugin, site, tmp_path):
     done = run("pytest", "-p", "no:cacheprovider", *options, cwd=plugin, site=broken)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "test_conformance[weights]" in done.stdout
-    assert "blocks.0.attn.hook_q, which is ln1.hook_out W_Q + b_Q,: off by" in done.stdout
+    assert "blocks.0.attn.hook_q, which is ln1.hook_out W_Q + b_Q, is off by" in done.stdout
     assert "1 failed, 1 passed" in done.stdout

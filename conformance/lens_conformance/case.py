@@ -44,7 +44,11 @@ class Worst:
 
 
 def error(ours: Tensor, expected: Tensor) -> float:
-    """Give the largest difference over the scale (at least 1); infinite where shapes or masked cells differ."""
+    """Give the largest difference over the scale; infinite where shapes or masked cells differ.
+
+    The scale is the root of the mean square, at least 0.1: the largest value would let one channel of thousands, which
+    real models have, hide all others.
+    """
     if ours.shape != expected.shape or ours.is_floating_point() != expected.is_floating_point():
         return math.inf
     if not expected.is_floating_point():
@@ -55,7 +59,7 @@ def error(ours: Tensor, expected: Tensor) -> float:
     ours, expected = ours.detach().double().masked_fill(hidden, 0), expected.detach().double().masked_fill(hidden, 0)
     if not ours.numel():
         return 0.0
-    off = float((ours - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+    off = float((ours - expected).abs().max()) / max(0.1, float(expected.square().mean().sqrt()))
     return math.inf if math.isnan(off) else off
 
 
@@ -119,6 +123,7 @@ class Case:
         self.family, self.worst = family, worst
         self._random, self._deck, self._variants = random.Random(number), deck, variants
         self._on, self._elsewhere = on, [known for known in family.known_failures if known.check == check]
+        self.is_paired = False
         self.drawn: list[tuple[str, Any]] = []
         """What was chosen, for a failing report."""
 
@@ -162,6 +167,7 @@ class Case:
 
     def pair(self, dtype: torch.dtype = torch.float32, *, is_own: bool = False, **overrides: Any) -> Pair:
         """Draw a config, an implementation and weights, and give a pair of them."""
+        self.is_paired = True
         variant = self._variants[self._deck.deal("variant", range(len(self._variants)))[0]]
         drawn = {**variant.overrides, **overrides}
         if self._on is not None:
@@ -208,7 +214,7 @@ class Case:
         off, bound = error(ours, expected), self.bound(bound)
         self.worst.note(off, bound, name)
         assert off <= bound, (
-            f"{name}: off by {off:.2e} of its scale (bound {bound:.0e}); shape {tuple(ours.shape)}, "
+            f"{name} is off by {off:.2e} of its scale (bound {bound:.0e}); shape {tuple(ours.shape)}, "
             f"expected {tuple(expected.shape)}"
         )
 

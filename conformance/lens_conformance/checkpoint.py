@@ -5,14 +5,18 @@ would take the memory twice.
 """
 
 import contextlib
+import copy
 import random
+import warnings
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+import lens_core as lens
 from lens_conformance.case import Case, Deck, Worst
 from lens_conformance.checks import all_checks
 from lens_conformance.families import known_families
@@ -20,16 +24,21 @@ from lens_conformance.family import Family
 from lens_conformance.oracle import Pair
 from lens_conformance.report import Report, versions
 from lens_conformance.runner import try_on
-from lens_core.errors import ArgumentError
+from lens_core._offload import has_placement
+from lens_core.errors import ArgumentError, LensWarning
 
 __all__ = ["CHECKPOINT_CHECKS", "TEXT", "verify"]
 
 CHECKPOINT_CHECKS = (
-    "logits", "fires", "values", "residual", "decompositions", "identity", "edits", "liveness", "locality", "restoring",
+    "declaration", "logits", "fires", "values", "equations", "residual", "decompositions", "identity", "edits", "liveness", "locality", "restoring",
     "aliasing", "clean", "stateless", "padding", "split", "generation", "layers", "dtypes", "weights", "files",
     "effective_attention",
 )  # fmt: skip
 """The checks that need no other config, no training and no second copy of the weights."""
+_EXACT = frozenset(
+    ("logits", "fires", "identity", "aliasing", "clean", "stateless", "generation", "layers", "dtypes", "files")
+)
+"""Those that compare bits, or no values: in half precision they are tried on the checkpoint as it is."""
 TEXT = "The cat sat on the mat, and the dog that had chased it all day lay down beside the cat."
 _SLACK = {torch.float64: 0.0, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}
 """Of a value's scale: rounding of dozens of blocks, computed in another order."""
@@ -56,7 +65,7 @@ class _Checkpoint(Pair):
 class _CheckpointCase(Case):
     """Choices over one model in its own dtype and the tokens of a text."""
 
-    def __init__(self, one: _Checkpoint, tokens: Tensor, number: int, worst: Worst, *, deck: Deck) -> None:
+    def __init__(self, one: _Checkpoint, tokens: Tensor, number: int, worst: Worst, deck: Deck) -> None:
         super().__init__(one.family, number, worst, deck=deck, variants=())
         self._one, self._tokens = one, tokens
 
@@ -95,7 +104,8 @@ def verify(
 
     Values are tried at the names outside of the blocks and of some blocks; runs have at most 20 positions. Beside the
     model this takes one cache of those names, one default cache, and for models that fit in `memory` the weights in
-    float64, from which the golden forward of the family judges values and edits.
+    float64, from which the golden forward of the family judges values and edits. Of a checkpoint in half precision a
+    float32 copy is made, if it fits, on which values are compared; bits are compared on the checkpoint itself.
 
     Args:
         model: What `lens.load` gives; in evaluation mode it is left as it was.
@@ -121,7 +131,9 @@ def verify(
         raise ArgumentError(f"no check {unknown[0]!r} for a checkpoint; there are {', '.join(CHECKPOINT_CHECKS)}")
     if examples < 1 or layers < 1:
         raise ArgumentError(f"examples and layers are 1 or more; got {examples} and {layers}")
+    only = (only,) if isinstance(only, str) else only
     one = _checkpoint(model, layers=layers, memory=memory)
+    wide = _widened(one, layers=layers, memory=memory)
     tokens = _tokens(model, text, seed)
     outcomes = []
     for name, check in all_checks().items():
@@ -129,17 +141,10 @@ def verify(
             continue
         if progress is not None:
             progress(check.title)
-        judged = attrs.evolve(one.family, golden=one.family.golden if one.weights is not None else None)
-        outcomes.append(
-            try_on(
-                check,
-                judged,
-                lambda number, worst, deck: _CheckpointCase(one, tokens, number, worst, deck=deck),
-                count=examples,
-                seed=seed,
-                no_golden=_no_golden(one, memory),
-            )
-        )
+        used = one if name in _EXACT else wide
+        judged = attrs.evolve(one.family, golden=one.family.golden if used.weights is not None else None)
+        case = partial(_CheckpointCase, used, tokens)
+        outcomes.append(try_on(check, judged, case, count=examples, seed=seed, no_golden=_no_golden(used, memory)))
     return Report(
         model_type=model.cfg.model_type,
         subject=f"checkpoint {model.cfg.model_name}",
@@ -148,7 +153,8 @@ def verify(
         versions=versions(model.cfg.model_type),
         outcomes=tuple(outcomes),
         device=str(model.cfg.device),
-        dtype=str(model.cfg.dtype).removeprefix("torch."),
+        dtype=str(model.cfg.dtype).removeprefix("torch.") + ("" if wide is one else ", values in float32"),
+        options={"text": TEXT if text is None else text, "examples": examples, "layers": layers, "memory": memory},
         is_whole=not only,
     )
 
@@ -168,11 +174,21 @@ def _checkpoint(model: Any, *, layers: int, memory: float) -> _Checkpoint:
     )
 
 
+def _widened(one: _Checkpoint, *, layers: int, memory: float) -> _Checkpoint:
+    """Give a float32 copy of a half-precision checkpoint, if it fits: half precision's rounding hides mistakes."""
+    size = sum(parameter.numel() for parameter in one.hf.parameters()) * 4
+    if one.dtype in (torch.float32, torch.float64) or size > memory * 2**30 or has_placement(one.hf):
+        return one
+    with warnings.catch_warnings(action="ignore", category=LensWarning):
+        model = lens.load(copy.deepcopy(one.hf).float(), tokenizer=False)
+    return _checkpoint(model, layers=layers, memory=memory)
+
+
 def _no_golden(one: _Checkpoint, memory: float) -> str:
     if one.family.golden is None:
         return f"the kit has no golden forward of {one.family.model_type}"
     if one.dtype not in (torch.float32, torch.float64):
-        return "the rounding of half precision hides too much: load the checkpoint with dtype float32"
+        return f"half precision hides too much, and a float32 copy takes more than {memory:g} GiB"
     return f"its weights in float64 take more than {memory:g} GiB"
 
 

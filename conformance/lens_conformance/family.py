@@ -57,7 +57,12 @@ class Family:
     config: Mapping[str, Any]
     """Fields of a tiny config: sizes pairwise different, so that a swapped axis cannot broadcast; three layers or more
     where kinds of layers are mixed; `vocab_size` 29 (ids 0 to 27 are drawn, 28 is the end and the padding)."""
-    axes: Mapping[str, Sequence[Any]] = attrs.field(factory=dict)
+    axes: Mapping[str, Sequence[Any]] = attrs.field(
+        factory=dict,
+        validator=attrs.validators.deep_mapping(
+            value_validator=attrs.validators.min_len(1), mapping_validator=None, key_validator=None
+        ),
+    )
     """Config fields that are varied, with the values that are tried. Each is drawn on its own."""
     golden: Golden | None = None
     """`golden(state_dict, config, tokens, attention_mask=None, position_ids=None, edits=None, record=True, through=())
@@ -68,7 +73,7 @@ class Family:
     plugin's own table."""
     noise: Callable[[str, Tensor], Tensor] = noisy
     """A parameter's name and value to the value that is tried."""
-    implementations: tuple[str, ...] = ("sdpa", "eager")
+    implementations: tuple[str, ...] = attrs.field(default=("sdpa", "eager"), validator=attrs.validators.min_len(1))
     """What `attn_implementation` may be; ("eager",) where HF has one way only."""
     edit_at: Callable[..., Any] = edits.edit_at
     """`edit_at(name, causal=False)`: a function for the name that moves the logits far above rounding; a causal one may

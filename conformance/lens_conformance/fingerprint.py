@@ -1,6 +1,7 @@
 """Everything about an HF model, its class, its module and torch that a run must leave as it was."""
 
 import inspect
+import zlib
 from typing import Any
 
 import torch
@@ -55,13 +56,18 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         found[f"globals of {scope.__name__}"] = {key: id(value) for key, value in vars(scope).items()}
     for path, parameter in model.named_parameters():
         found[f"{path}:data"] = (id(parameter), parameter.data_ptr(), parameter.dtype, parameter.requires_grad)
-        value = parameter.detach()  # summed without a wider copy: a checkpoint's embedding alone may be gigabytes
-        found[f"{path}:sum"] = (
-            float(value.sum(dtype=torch.float64)),
-            float(torch.linalg.vector_norm(value, dtype=torch.float64)),
-        )
+        found[f"{path}:bits"] = _checksum(parameter)
         found[f"{path}:tensor_hooks"] = len(parameter._backward_hooks or {})
+    for path, buffer in model.named_buffers():
+        found[f"{path}:buffer"] = (id(buffer), buffer.dtype, _checksum(buffer))
     return found
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Sum up the bits of a tensor, where it is, without a copy of it."""
+    if tensor.is_meta:
+        return 0
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

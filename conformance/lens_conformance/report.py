@@ -2,8 +2,10 @@
 
 import datetime
 import json
+import math
 import re
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -11,14 +13,13 @@ import attrs
 from rich.markup import escape
 from rich.table import Table
 
-from lens_conformance import __version__
 from lens_conformance.case import Worst
 from lens_core._registry import active_registry
 from lens_core.certificates import FORMAT, stamp_folder, versions_of
 
 __all__ = ["Kill", "Outcome", "Report", "Status", "place_of", "versions"]
 
-Status: TypeAlias = Literal["passed", "failed", "raised", "known", "absent", "not judged"]
+Status: TypeAlias = Literal["passed", "failed", "raised", "blocked", "known", "absent", "not judged"]
 _COLOURS = {"passed": "green", "known": "yellow", "failed": "red", "raised": "red"}
 
 
@@ -27,9 +28,10 @@ class Outcome:
     """One check on one model type.
 
     Attributes:
-        status: `failed`: an assertion of the check; `raised`: an error of another kind. `known`: it fails where the
-            family says so, and nowhere else. `absent`: the plugin declares, with a reason, that it has not what the
-            check is about. `not judged`: what would judge it is not there, such as a golden forward.
+        status: `failed`: an assertion of the check; `raised`: an error of another kind; `blocked`: not tried, since the
+            check `runs` fails. `known`: it fails where the family says so, and nowhere else. `absent`: the plugin
+            declares, with a reason, that it has not what the check is about. `not judged`: what would judge it is not
+            there, such as a golden forward.
         reason: Why, where it did not pass.
         examples: That ran to the end.
         worst: The largest error against its bound.
@@ -70,6 +72,7 @@ class Report:
         versions: Of python, torch, transformers, the core, the kit and the plugin; and digests of the code of the last.
         made: The day.
         device: Where it ran.
+        options: What else was said: of a checkpoint, the text, the examples of each check, layers and memory.
         is_whole: Whether every check was tried; a report of some is no certificate.
         mutants: Which mutants were killed, where that was tried.
     """
@@ -83,13 +86,15 @@ class Report:
     made: str = attrs.field(factory=lambda: datetime.datetime.now(datetime.UTC).date().isoformat())
     device: str = "cpu"
     dtype: str = "each of float32, bfloat16, float16 and float64"
+    options: Mapping[str, Any] = attrs.field(factory=dict)
     is_whole: bool = True
     mutants: tuple[Kill, ...] = ()
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        """The checks that failed."""
-        return tuple(outcome for outcome in self.outcomes if outcome.status in ("failed", "raised"))
+        """The checks that failed; those that were blocked where none of the others did."""
+        failed = tuple(outcome for outcome in self.outcomes if outcome.status in ("failed", "raised"))
+        return failed or tuple(outcome for outcome in self.outcomes if outcome.status == "blocked")
 
     @property
     def survivors(self) -> tuple[Kill, ...]:
@@ -99,15 +104,15 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether every check was tried and none failed, and no mutant that was tried survived."""
-        return self.is_whole and not self.failures and not self.survivors
+        return bool(self.outcomes) and self.is_whole and not self.failures and not self.survivors
 
     def to_json(self) -> dict[str, Any]:
         """Give it as plain values."""
-        return {"format": FORMAT, "passed": self.passed, **attrs.asdict(self)}
+        return {"format": FORMAT, "passed": self.passed, **_finite(attrs.asdict(self))}
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def stamp(self) -> Path:
         """Write it where `lens plugins` looks for certificates, and say where."""
@@ -154,6 +159,15 @@ class Report:
         return f"judged: {', '.join(parts)}; not tried: {left}{killed}"
 
 
+def _finite(value: Any) -> Any:
+    """Write numbers that JSON has not as text: a shape that differs is off by infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _told(outcome: Outcome) -> str:
     if outcome.status in ("absent", "not judged", "known"):
         return outcome.reason
@@ -176,4 +190,4 @@ def versions(model_type: str) -> dict[str, str]:
     registry = active_registry()
     architecture = registry.resolve(model_type)
     record = next(record for record in registry.records if architecture in record.architectures)
-    return {**versions_of(record, architecture), "lens-conformance": __version__}
+    return versions_of(record, architecture)

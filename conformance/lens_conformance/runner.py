@@ -21,7 +21,7 @@ from lens_core._registry import active_registry
 from lens_core.errors import ArgumentError
 from lens_core.plugin import Support
 
-__all__ = ["LEVELS", "Level", "find_family", "run", "try_after", "try_check", "try_on"]
+__all__ = ["LEVELS", "Level", "check_known_failures", "find_family", "run", "try_after", "try_check", "try_on"]
 
 Level: TypeAlias = Literal["fast", "default", "thorough"]
 LEVELS: dict[str, int] = {"fast": 5, "default": 25, "thorough": 300}
@@ -71,10 +71,13 @@ def run(
     if level not in LEVELS:
         raise ArgumentError(f"level is {', '.join(LEVELS)}; got {level!r}")
     checks = all_checks()
+    only = (only,) if isinstance(only, str) else only
     unknown = sorted(set(only) - checks.keys())
     if unknown:
         raise ArgumentError(f"no check {unknown[0]!r}; there are {', '.join(checks)}")
     family = model if isinstance(model, Family) else find_family(model)
+    check_known_failures(family)
+    made_with = versions(family.model_type)  # before anything is tried: no plugin may be there
     outcomes: list[Outcome] = []
     for name, check in checks.items():
         if only and name not in only:
@@ -87,18 +90,32 @@ def run(
         subject=f"type {family.model_type}",
         level=level,
         seed=seed,
-        versions=versions(family.model_type),
+        versions=made_with,
         outcomes=tuple(outcomes),
         is_whole=not only,
     )
+
+
+def check_known_failures(family: Family) -> None:
+    """See that known failures name checks that there are.
+
+    Raises:
+        ArgumentError: One does not.
+    """
+    for known in family.known_failures:
+        if known.check not in all_checks():
+            raise ArgumentError(
+                f"{family.model_type} has a known failure of {known.check!r}, and there is no such check; there are "
+                f"{', '.join(all_checks())}"
+            )
 
 
 def try_after(check: Check, family: Family, *, level: str = "default", seed: int = 0) -> Outcome:
     """Try one check, unless the model does not even run: one cause is then told as one failure."""
     if check.name == "runs" or _runs(family).status in ("passed", "absent"):
         return try_check(check, family, level=level, seed=seed)
-    fixed = Outcome(number=check.number, name=check.name, title=check.title, judge=check.judge, status="not judged")
-    return attrs.evolve(fixed, reason="nothing else is tried while the check `runs` fails")
+    fixed = Outcome(number=check.number, name=check.name, title=check.title, judge=check.judge, status="blocked")
+    return attrs.evolve(fixed, reason=f"nothing else is tried while the check `runs` fails: {_runs(family).reason}")
 
 
 @lru_cache(maxsize=64)
@@ -113,13 +130,19 @@ def try_check(check: Check, family: Family, *, level: str = "default", seed: int
     """
     models = variants(family, count=VARIANTS[level], seed=seed)
 
+    made: list[Case] = []
+
     def case(number: int, worst: Worst, deck: Deck, on: KnownFailure | None = None) -> Case:
-        return Case(family, number, worst, deck=deck, variants=models, check=check.name, on=on)
+        made.append(Case(family, number, worst, deck=deck, variants=models, check=check.name, on=on))
+        return made[-1]
 
     outcome = try_on(check, family, case, count=max(1, round(LEVELS[level] * check.share)), seed=seed)
     for known in family.known_failures:
         if known.check == check.name and outcome.status in ("passed", "known"):
+            made.clear()
             witnessed = try_on(check, family, partial(case, on=known), count=LEVELS["fast"], seed=seed)
+            if not any(one.is_paired for one in made):
+                witnessed = attrs.evolve(witnessed, status="raised", reason="this check takes no config to fail on")
             outcome = _with_known(outcome, known, witnessed)
     return outcome
 
@@ -186,6 +209,9 @@ def _with_known(outcome: Outcome, known: KnownFailure, witnessed: Outcome) -> Ou
     told = f"on {dict(known.witness)}, since {known.since}: {known.reason}"
     if witnessed.status == "passed":
         return attrs.evolve(outcome, status="failed", reason=f"passes where it is known to fail; delete that: {told}")
+    if witnessed.status != "failed":
+        reason = f"cannot be tried where it is known to fail ({witnessed.reason}): {told}"
+        return attrs.evolve(outcome, status="failed", reason=reason)
     return attrs.evolve(outcome, status="known", reason="; ".join(filter(None, (outcome.reason, told))))
 
 

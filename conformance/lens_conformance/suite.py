@@ -9,7 +9,7 @@ from lens_conformance.mutants import all_mutants
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a test of each check, or of each mutant, for each model type."""
-    wanted = metafunc.config.getoption("--lens-conformance")
+    wanted = list(dict.fromkeys(metafunc.config.getoption("--lens-conformance")))
     if "check" in metafunc.fixturenames:
         metafunc.parametrize(("model_type", "check"), [(one, check) for one in wanted for check in all_checks()])
     else:

@@ -1,6 +1,8 @@
 """The kit's own guards: what it deals, skips, known failures, and what a certificate says."""
 
 import json
+import subprocess
+import sys
 
 import attrs
 import pytest
@@ -8,10 +10,12 @@ from hypothesis import assume
 from lens_conformance import run
 from lens_conformance.case import Case, Deck, NotThereError, Worst
 from lens_conformance.checks import Check, all_checks
-from lens_conformance.family import KnownFailure
+from lens_conformance.family import Family, KnownFailure
 from lens_conformance.oracle import variants
-from lens_conformance.report import Kill, Report
+from lens_conformance.report import Kill, Outcome, Report
 from lens_conformance.runner import find_family, try_check
+
+from lens_core.errors import ArgumentError
 
 GPT2 = find_family("gpt2")
 
@@ -43,7 +47,7 @@ def test_variants_hold_every_value_of_every_axis():
     assert {v.seed for v in found} == {0, 1}
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mamba2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mamba2"])
 def test_what_is_tried_reaches_the_corners(model_type):
     """One token, padding on both sides, first and last layer, several edits at once, every name edited."""
     family, seen = find_family(model_type), []
@@ -97,7 +101,8 @@ def test_an_error_is_no_verdict_and_fails():
 
     outcome = try_check(made(stumble), GPT2)
     assert outcome.status == "raised"
-    assert outcome.reason == "KeyError: 'gone'\n  drawn: three = 3"
+    assert outcome.reason.startswith("KeyError: 'gone' (test_guards.py, line ")
+    assert outcome.reason.endswith("\n  drawn: three = 3")
 
 
 def test_what_is_not_there_is_absent_with_its_reason():
@@ -154,6 +159,22 @@ def test_a_known_failure_hides_nothing_else():
     assert try_check(made(fails_when_tied), attrs.evolve(GPT2, known_failures=(other,))).status == "failed"
 
 
+def test_a_known_failure_must_fail_and_not_fall_over():
+    """A config that cannot be built shows nothing, nor does a check that takes no config."""
+    impossible = attrs.evolve(KNOWN, witness={"n_head": 5})
+    outcome = try_check(made(lambda case: case.pair()), attrs.evolve(GPT2, known_failures=(impossible,)))
+    assert outcome.status == "failed"
+    assert "cannot be tried where it is known to fail" in outcome.reason
+    outcome = try_check(made(lambda case: None), attrs.evolve(GPT2, known_failures=(KNOWN,)))
+    assert outcome.status == "failed"
+
+
+def test_a_known_failure_of_no_check_is_a_mistake():
+    """A misspelt name would hide nothing, and be believed to."""
+    with pytest.raises(ArgumentError, match="no such check"):
+        run(attrs.evolve(GPT2, known_failures=(KNOWN,)), level="fast", only=["layers"])
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"), [({"witness": {}}, "witness"), ({"reason": ""}, "reason"), ({"since": "last week"}, "isoformat")]
 )
@@ -161,6 +182,57 @@ def test_a_known_failure_needs_witness_reason_and_date(wrong, told):
     """Otherwise nobody could ever take it out."""
     with pytest.raises(ValueError, match=told):
         attrs.evolve(KNOWN, **wrong)
+
+
+# ---------------------------------------------------------------------- what is told
+
+
+def test_one_cause_is_one_failure():
+    """Where the model does not even run, the others are blocked; a report of others still fails."""
+    broken = Family(model_type="gpt2", config={**GPT2.config, "n_head": 4})
+    report = run(broken, level="fast", only=["runs", "values", "logits"])
+    assert [outcome.status for outcome in report.outcomes] == ["failed", "blocked", "blocked"]
+    assert [outcome.name for outcome in report.failures] == ["runs"]
+    assert "HF's own gpt2 does not run at this config" in report.failures[0].reason
+    assert len(run(broken, level="fast", only="logits").failures) == 1
+
+
+def tried(*arguments):
+    """Run pytest in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--lens-conformance", "nope"], "no family 'nope'"),
+        (["--lens-mutants", "."], "--lens-mutants is for --lens-conformance TYPE"),
+        (["--lens-conformance", "gpt2", "--lens-report", __file__], "is a file; name a folder"),
+    ],
+)
+def test_mistakes_are_told_once(arguments, told):
+    """Before anything is tried."""
+    done = tried(*arguments)
+    assert done.returncode == 4
+    assert done.stderr.count(told) == 1
+
+
+def test_files_that_are_named_run_beside_the_kit(tmp_path):
+    """And what level a report is of is what was tried."""
+    (tmp_path / "test_mine.py").write_text(
+        "from lens_conformance import conformance\n"
+        "test_it = conformance('mamba', level='fast')\n"
+        "def test_no():\n    raise AssertionError\n"
+    )
+    folder = tmp_path / "reports"
+    done = tried(
+        f"{tmp_path}/test_mine.py", "--lens-conformance", "gpt2", "-k", "layers or test_no", f"--lens-report={folder}"
+    )
+    assert done.returncode == 1
+    assert "1 failed, 2 passed" in done.stdout
+    assert json.loads((folder / "mamba.json").read_text())["level"] == "fast"
+    assert json.loads((folder / "gpt2.json").read_text())["level"] == "default"
 
 
 # ---------------------------------------------------------------------- reports
@@ -181,9 +253,11 @@ def test_a_report_of_some_checks_is_no_certificate(tmp_path):
 
 def test_a_report_with_a_survivor_does_not_pass():
     """Nor does one with a failure."""
-    facts = {"model_type": "gpt2", "level": "fast", "seed": 0, "versions": {}, "outcomes": ()}
-    assert Report(**facts).passed
-    assert not Report(**facts, mutants=(Kill(mutant="m", check="values", status="survived"),)).passed
+    facts = {"model_type": "gpt2", "level": "fast", "seed": 0, "versions": {}}
+    one = (Outcome(number=1, name="logits", title="", judge="hf", status="passed"),)
+    assert Report(**facts, outcomes=one).passed
+    assert not Report(**facts, outcomes=()).passed
+    assert not Report(**facts, outcomes=one, mutants=(Kill(mutant="m", check="values", status="survived"),)).passed
 
 
 def test_the_worst_error_is_the_one_nearest_to_its_bound():

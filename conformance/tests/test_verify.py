@@ -8,7 +8,7 @@ import torch
 from lens_conformance import verify
 from lens_conformance.checkpoint import CHECKPOINT_CHECKS
 from lens_conformance.mutants import all_mutants, planted
-from lens_conformance.report import Report, versions
+from lens_conformance.report import Outcome, Report, versions
 from lens_conformance.runner import find_family
 
 import lens_core as lens
@@ -50,13 +50,24 @@ def test_a_toy_is_verified_and_stamped(toy, folder, capsys):
     assert f"checkpoint toy:{toy}" in capsys.readouterr().out
 
 
-def test_half_precision_is_judged_by_what_can_judge_it():
-    """Laws and HF; not the float64 forward, and the report says why."""
-    report = verify(lens.load("toy:llama", dtype="bfloat16"), examples=1)
+def test_half_precision_is_compared_in_float32_where_that_fits():
+    """Bits on the checkpoint itself, values on a copy; without memory for one, laws with wide bounds, which is told."""
+    model = lens.load("toy:llama", dtype="bfloat16")
+    report = verify(model, examples=1)
     assert report.passed
-    by_name = {outcome.name: outcome for outcome in report.outcomes}
-    assert by_name["values"].status == "not judged"
-    assert "half precision" in by_name["values"].reason
+    assert report.dtype == "bfloat16, values in float32"
+    assert all(outcome.worst.bound <= 1e-4 for outcome in report.outcomes)
+    report = verify(model, examples=1, memory=1e-6, only=["values", "residual"])
+    assert report.dtype == "bfloat16"
+    assert [outcome.status for outcome in report.outcomes] == ["not judged", "passed"]
+    assert "half precision" in report.outcomes[0].reason
+
+
+def test_a_mistake_in_half_precision_is_found():
+    """One hundredth more than there is."""
+    with planted(all_mutants()["branches-are-scaled"], find_family("llama")):
+        report = verify(lens.load("toy:llama", dtype="bfloat16"), examples=1, only=["values", "residual"])
+    assert {outcome.name for outcome in report.failures} >= {"values", "residual"}
 
 
 def test_what_does_not_fit_in_memory_is_not_judged():
@@ -111,8 +122,9 @@ def test_mistakes_are_told(capsys, tmp_path):
 
 def certificate(**changes):
     """Make a certificate that holds, but for the changes."""
+    one = Outcome(number=3, name="values", title="", judge="golden", status="not judged", reason="no golden forward")
     report = Report(
-        model_type="gpt2", subject="type gpt2", level="fast", seed=0, versions=versions("gpt2"), outcomes=()
+        model_type="gpt2", subject="type gpt2", level="fast", seed=0, versions=versions("gpt2"), outcomes=(one,)
     )
     return {**report.to_json(), **changes}
 
@@ -122,6 +134,8 @@ def certificate(**changes):
     [
         ({}, ""),
         ({"passed": False}, "not everything passed"),
+        ({"outcomes": []}, "not everything passed"),
+        ({"versions": {**versions("gpt2"), "lens-conformance": "0"}}, "made with other lens-conformance 0"),
         ({"passed": "yes"}, "not everything passed"),
         ({"format": 2}, "its format is 2, and this lens-core reads 1"),
         ({"versions": None}, "it does not say which versions it was made with"),
@@ -135,6 +149,7 @@ def test_a_stamp_holds_only_for_what_is_installed(changes, problem, folder):
     (folder / "gpt2.json").write_text(json.dumps(certificate(**changes)))
     [stamp] = stamps(*architecture_of("gpt2"))
     assert (stamp.problem, stamp.holds) == (problem, not problem)
+    assert stamp.remark == ("" if changes == {"outcomes": []} else "1 of 1 checks not judged")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": 3}', "[" * 100_000, "\x00", '"gpt2"'])
@@ -158,6 +173,18 @@ def test_the_digest_sees_every_file_of_code(tmp_path, monkeypatch):
         found.add(source_digest("digested"))
     assert len(found) == 4
     source_digest.cache_clear()
+
+
+def test_a_package_of_one_file_has_a_digest(tmp_path, monkeypatch):
+    """And what is not there has none that could hold."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "onefile.py").write_text("a = 1\n")
+    source_digest.cache_clear()
+    first = source_digest("onefile")
+    (tmp_path / "onefile.py").write_text("a = 2\n")
+    source_digest.cache_clear()
+    assert source_digest("onefile") != first
+    assert source_digest("no_such_package") == "not found"
 
 
 def test_versions_are_those_of_what_computes():

@@ -86,11 +86,11 @@ def _stamp(stamp: Stamp) -> dict[str, Any]:
 
 def _certificates(found: list[Stamp]) -> Table:
     table = Table(title="Certificates")
-    for heading in ("of", "level", "made", "holds"):
+    for heading in ("of", "level", "made", "holds", "remark"):
         table.add_column(heading, overflow="fold")
     for stamp in found:
         told = "[green]yes[/green]" if stamp.holds else f"no: {escape(stamp.problem)}"
-        table.add_row(escape(stamp.subject), escape(stamp.level), escape(stamp.made), told)
+        table.add_row(escape(stamp.subject), escape(stamp.level), escape(stamp.made), told, escape(stamp.remark))
     return table
 
 

@@ -24,13 +24,12 @@ class Check:
 
     Attributes:
         number: Its number in the kit's table.
-        name: What reports, mutants and `--lens-only` call it.
+        name: What reports and mutants call it.
         title: What holds, in a line.
         judge: What judges it.
         prove: Tries one example.
         share: Of the level's number of examples; costly checks try fewer.
         needs: A capability without which it is not tried; then its names must be absent.
-        optional: Whether it may be switched off. The properties 1 to 14 cannot.
     """
 
     number: int
@@ -40,11 +39,6 @@ class Check:
     prove: Callable[[Case], None]
     share: float = 1.0
     needs: Capability | None = None
-
-    @property
-    def optional(self) -> bool:
-        """Whether it may be switched off."""
-        return self.number > 14
 
 
 def check(

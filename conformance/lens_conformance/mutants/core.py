@@ -59,7 +59,7 @@ def reading_draws_a_random_number(patch: Patch, family: Family) -> None:
 def reading_rounds(patch: Patch, family: Family) -> None:
     def rounded(fire: Any, self: Any, value: Tensor, **options: Any) -> Tensor:
         new = fire(self, value, **options)
-        return new * (1 + 2e-3) if new.is_floating_point() else new
+        return new * (1 + 2**-20) if new.is_floating_point() else new
 
     around(patch, Watch, "fire", rounded)
 
@@ -95,7 +95,7 @@ def a_point_fires_twice(patch: Patch, family: Family) -> None:
 def an_identity_edit_rounds(patch: Patch, family: Family) -> None:
     def changed(checked: Any, self: Any, new: Any, *rest: Any) -> Tensor:
         new = checked(self, new, *rest)
-        return new * (1 + 2e-3) if new.is_floating_point() else new
+        return new * (1 + 2**-20) if new.is_floating_point() else new
 
     around(patch, Watch, "_checked", changed)
     patch.setattr("lens_core._watch.same_bits", lambda a, b: False)

@@ -52,7 +52,7 @@ def eps_is_another(patch: Patch, family: Family) -> None:
     declares(patch, lambda declaration: attrs.evolve(declaration, cfg=attrs.evolve(declaration.cfg, eps=0.5)))
 
 
-@mutant("a copy for the MLP is declared behind its norm", killers=("equations",), needs=("hook_mlp_in",))
+@mutant("a copy for the MLP is declared behind its norm", killers=("equations",), needs=("ln2.hook_out",))
 def mlp_in_is_behind_the_norm(patch: Patch, family: Family) -> None:
     def behind(point: Any, known: Any) -> Any:
         return (
@@ -64,7 +64,9 @@ def mlp_in_is_behind_the_norm(patch: Patch, family: Family) -> None:
     points(patch, behind)
 
 
-@mutant("copies of the stream are projected without their norm", killers=("equations", "edits"), needs=("q_input",))
+@mutant(
+    "copies of the stream are projected without their norm", killers=("equations", "edits"), needs=("ln1.hook_out",)
+)
 def copies_skip_the_norm(patch: Patch, family: Family) -> None:
     def bare(point: Any, known: Any) -> Any:
         is_it = isinstance(point.seam, HeadInput) and point.seam.norm is not None
@@ -73,7 +75,7 @@ def copies_skip_the_norm(patch: Patch, family: Family) -> None:
     points(patch, bare)
 
 
-@mutant("one name is left out of the table", killers=("fires",))
+@mutant("one name is left out of the table", killers=("declaration",))
 def a_name_is_missing(patch: Patch, family: Family) -> None:
     def some(point: Any, known: Any) -> Any:
         return None if point.name == "blocks.1.hook_resid_post" else point
@@ -132,9 +134,7 @@ def a_writer_is_missing(patch: Patch, family: Family) -> None:
 @mutant("weights of the first block are given for all", killers=("weights",))
 def weights_are_the_first_blocks(patch: Patch, family: Family) -> None:
     def first(view: Any) -> Any:
-        return (
-            attrs.evolve(view, path=view.path.replace("{layer}", "0")) if view.name in ("W_in", "W_in_proj") else view
-        )
+        return attrs.evolve(view, path=view.path.replace("{layer}", "0")) if view.name in ("W_O", "W_in_proj") else view
 
     def first_of_layers(declaration: Any) -> Any:
         return attrs.evolve(declaration, weights=tuple(first(view) for view in declaration.weights))

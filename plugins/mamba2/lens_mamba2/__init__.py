@@ -72,7 +72,7 @@ def lens_architectures() -> list[Architecture]:
             name="Mamba-2",
             model_types=("mamba2",),
             api_version=1,
-            transformers=">=5.20,<6",
+            transformers=">=5.23,<6",
             implementation="lens_mamba2._architecture:Mamba2",
             capabilities=_CAPABILITIES,
             config_handled=_CONFIG_HANDLED,

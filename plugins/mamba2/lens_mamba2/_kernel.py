@@ -63,11 +63,6 @@ def in_projection(call: MixerCall, module: ModuleCall) -> None:
         module.result = result
 
 
-def _group_size(norm: Any, x: Tensor) -> int:
-    """Give the channels that are normed together: all of them before transformers grouped them."""
-    return getattr(norm, "group_size", x.shape[-1])
-
-
 def gated_norm(call: MixerCall, module: ModuleCall) -> None:
     """After the gated group norm: x SiLU(z) over the root mean square of its group, times the gain."""
     if not call.watched("inner_norm"):
@@ -75,7 +70,7 @@ def gated_norm(call: MixerCall, module: ModuleCall) -> None:
     norm: Any = module.module
     x, gate = module.args
     with torch.set_grad_enabled(call.needs_graph("inner_norm")), loaded(norm):
-        grouped = (x.float() * F.silu(gate.float())).unflatten(-1, (-1, _group_size(norm, x)))
+        grouped = (x.float() * F.silu(gate.float())).unflatten(-1, (-1, norm.group_size))
         scale = call.fire("inner_norm", (grouped.pow(2).mean(-1) + norm.variance_epsilon).sqrt())
         if not call.changed("inner_norm"):
             return

@@ -77,7 +77,8 @@ def _is_compiled(one: Pair, ids: torch.Tensor) -> bool:
         off = cases.error(logits, expected)
         assert off < 1e-5, f"the logits of a compiled model with an edit at {name} are off by {off:.1e} of their scale"
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about HF's code
         expected = one.model.run_with_hooks(ids, fwd_hooks=[(name, edit)])
         try:
             return _runs(run)

@@ -30,9 +30,9 @@ from lens_core.errors import ArgumentError, LensWarning
 __all__ = ["CHECKPOINT_CHECKS", "TEXT", "verify"]
 
 CHECKPOINT_CHECKS = (
-    "declaration", "logits", "fires", "values", "equations", "residual", "decompositions", "identity", "edits", "liveness", "locality", "restoring",
-    "aliasing", "clean", "stateless", "padding", "split", "generation", "layers", "dtypes", "weights", "files",
-    "effective_attention",
+    "declaration", "logits", "fires", "values", "equations", "residual", "decompositions", "identity", "edits",
+    "liveness", "locality", "restoring", "aliasing", "clean", "stateless", "padding", "split", "generation", "layers",
+    "dtypes", "weights", "files", "effective_attention",
 )  # fmt: skip
 """The checks that need no other config, no training and no second copy of the weights."""
 _EXACT = frozenset(

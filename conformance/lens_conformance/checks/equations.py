@@ -25,38 +25,86 @@ def equations(case: Case) -> None:
         entries = [(name, case.family.edit_at(name)) for name in edited]
         with torch.no_grad(), one.model.hooks(fwd_hooks=entries):
             _, cache = one.model.run_with_cache(ids, names_filter=one.names())
-            for layer in range(one.model.cfg.n_layers):
-                block = _Block(one, cache, layer)
-                for name, how, expected in block.equations():
-                    if block.at + name not in edited and not (name.endswith("scale") and block.normed(name) in edited):
-                        case.same(f"{block.at}{name}, which is {how},", cache[block.at + name], expected)
+            places = [_Block(one, cache, layer) for layer in range(one.model.cfg.n_layers)]
+            for place in (*places, _Outside(one, cache)):
+                for name, how, expected in place.equations():
+                    is_set = place.at + name in edited or (name.endswith("scale") and place.normed(name) in edited)
+                    if not is_set:
+                        case.same(f"{place.at}{name}, which is {how},", cache[place.at + name], expected)
         _copies_are_read(case, one, ids)
 
 
-class _Block:
-    """The values of one block, by the contract's names in it."""
+class _Place:
+    """The values at the names with one prefix, by what follows it."""
 
-    def __init__(self, one: Pair, cache: Any, layer: int) -> None:
-        self.one, self.cache, self.layer = one, cache, layer
-        self.at = f"blocks.{layer}."
+    def __init__(self, one: Pair, cache: Any, at: str, layer: int | None) -> None:
+        self.one, self.cache, self.at, self.layer = one, cache, at, layer
 
     def normed(self, name: str) -> str:
         """Give the whole name of what a scale divides to."""
         return f"{self.at}{name.rpartition('.')[0]}.hook_normalized"
 
     def has(self, *names: str) -> bool:
-        """Whether these names are in this block's cache."""
+        """Whether these names are in the cache."""
         return all(self.at + name in self.cache for name in names)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.cache[self.at + name]
 
+    def _norms(self) -> Iterator[Equation]:
+        for name, place in self.one.model.declaration.norms.items():
+            scale, normalized, out = (f"{name}.hook_{part}" for part in ("scale", "normalized", "out"))
+            if ("{layer}" in place.path) != (self.layer is not None) or not self.has(scale, normalized, out):
+                continue
+            module = self.one.hf.get_submodule(place.path.format(layer=self.layer))
+            yield out, place.kind.equation, place.kind.affine(module, self[normalized])
+            centred = self[normalized] * self[scale]
+            own, expected = place.kind.split(module, centred)
+            yield scale, "the root of the mean square of its input and eps", expected
+            yield normalized, "its centred input / scale", own / self[scale]
+
+
+class _Outside(_Place):
+    """The names outside of the blocks."""
+
+    def __init__(self, one: Pair, cache: Any) -> None:
+        super().__init__(one, cache, "", None)
+
+    def equations(self) -> Iterator[Equation]:
+        """Give what can be said of the embeddings, the last norm and the unembedding."""
+        embeddings = self.one.model.declaration.embeddings
+        if self.has("blocks.0.hook_resid_pre", *embeddings):
+            yield "blocks.0.hook_resid_pre", " + ".join(embeddings), sum(self[name] for name in embeddings)
+        yield from self._norms()
+        if self.has("unembed.hook_in", "ln_final.hook_out"):
+            yield "unembed.hook_in", "ln_final.hook_out", self["ln_final.hook_out"]
+        model = self.one.model
+        if self.has("unembed.hook_in", "unembed.hook_out") and {"W_U", "b_U"} <= set(model.weight_names):
+            expected = self["unembed.hook_in"] @ model.weight("W_U") + model.weight("b_U")
+            yield "unembed.hook_out", "unembed.in W_U + b_U", expected
+
+
+class _Block(_Place):
+    """The values of one block, by the contract's names in it."""
+
+    def __init__(self, one: Pair, cache: Any, layer: int) -> None:
+        super().__init__(one, cache, f"blocks.{layer}.", layer)
+
     def equations(self) -> Iterator[Equation]:
         """Give what can be said of the names that this block has."""
+        yield from self._between()
         yield from self._stream()
         yield from self._attention()
+        yield from self._heads()
         yield from self._mlp()
+        yield from self._selection()
+        yield from self._scan()
         yield from self._norms()
+
+    def _between(self) -> Iterator[Equation]:
+        before = f"blocks.{(self.layer or 0) - 1}.hook_resid_post"
+        if self.layer and before in self.cache and self.has("hook_resid_pre"):
+            yield "hook_resid_pre", f"{before}", self.cache[before]
 
     def _stream(self) -> Iterator[Equation]:
         before, name = self["hook_resid_pre"] if self.has("hook_resid_pre") else None, "resid_pre"
@@ -106,26 +154,77 @@ class _Block:
             else:
                 yield "mlp.hook_post", "act(pre)", expected
 
-    def _norms(self) -> Iterator[Equation]:
-        for name, place in self.one.model.declaration.norms.items():
-            scale, normalized, out = (f"{name}.hook_{part}" for part in ("scale", "normalized", "out"))
-            if "{layer}" not in place.path or not self.has(scale, normalized, out):
+    def _heads(self) -> Iterator[Equation]:
+        """Keys and values as the query heads see them: of a longer window, the last ones."""
+        for part in "kv":
+            seen, repeated = f"attn.hook_{part}_rep", f"hook_{part}_input_rep"
+            own = next(
+                (name for kind in ("rot_k", "k_normed", "k") if self.has(name := f"attn.hook_{kind}")),
+                None,
+            ) if part == "k" else "attn.hook_v"  # fmt: skip
+            if own is None or not self.has(seen, own) or not self._starts_from_group(part, repeated):
                 continue
-            module = self.one.hf.get_submodule(place.path.format(layer=self.layer))
-            yield out, place.kind.equation, place.kind.affine(module, self[normalized])
-            centred = self[normalized] * self[scale]
-            own, expected = place.kind.split(module, centred)
-            yield scale, "the root of the mean square of its input and eps", expected
-            yield normalized, "its centred input / scale", own / self[scale]
+            heads = self[own].repeat_interleave(self[seen].shape[2] // self[own].shape[2], dim=2)
+            if heads.shape == self[seen].shape:  # elsewhere a window has cut them
+                yield seen, f"{own} of the group of each query head", heads
+
+    def _starts_from_group(self, part: str, repeated: str) -> bool:
+        """Whether no query head has a copy of its own that was edited."""
+        source = f"hook_{part}_input"
+        if not self.has(source, repeated):
+            return True
+        groups = self[repeated].shape[2] // self[source].shape[2]
+        return torch.equal(self[repeated], self[source].repeat_interleave(groups, dim=2))
+
+    def _selection(self) -> Iterator[Equation]:
+        """What a mixer projects, and hands to the scan."""
+        if self.has("mixer.hook_in_proj", "mixer.hook_gate", "mixer.hook_conv_in"):
+            whole, gate, read = (self[f"mixer.hook_{name}"] for name in ("in_proj", "gate", "conv_in"))
+            width, conv = gate.shape[-1], read.shape[-1]
+            starts = (0, width) if self.has("mixer.inner_norm.hook_scale") else (conv, 0)
+            yield "mixer.hook_gate", "its part of in_proj", whole[..., starts[0] :][..., :width]
+            yield "mixer.hook_conv_in", "its part of in_proj", whole[..., starts[1] :][..., :conv]
+        if self.has("mixer.hook_delta_pre", "mixer.hook_delta"):
+            expected = torch.nn.functional.softplus(self["mixer.hook_delta_pre"])
+            least, most = getattr(self.one.config, "time_step_limit", None) or (0.0, torch.inf)
+            yield "mixer.hook_delta", "softplus(delta_pre), within its limits", expected.clamp(least, most)
+
+    def _scan(self) -> Iterator[Equation]:
+        """The recurrence and what is read of it."""
+        delta, x, B, C, decay, write, states, y = (
+            self[f"mixer.hook_{name}"] if self.has(f"mixer.hook_{name}") else None
+            for name in ("delta", "ssm_input", "B", "C", "decay", "ssm_write", "ssm_state", "y")
+        )
+        if x is None or B is None or C is None or delta is None:
+            return
+        if B.ndim > 3:  # each head has its group's
+            B, C = (part.repeat_interleave(x.shape[2] // part.shape[2], dim=2) for part in (B, C))
+        else:
+            B, C = B[:, :, None], C[:, :, None]
+        if write is not None:
+            step = delta.reshape(*delta.shape, *[1] * (x.ndim - delta.ndim)) * x
+            B_of_channels = B if x.ndim == 3 else B[:, :, :, None]
+            yield "mixer.hook_ssm_write", "(delta ssm_input) outer B", step[..., None] * B_of_channels
+        if states is not None and decay is not None and write is not None:
+            before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+            kept = decay.reshape(*decay.shape, *[1] * (states.ndim - decay.ndim))
+            yield "mixer.hook_ssm_state", "decay * the state before + ssm_write", kept * before + write
+        if states is not None and y is not None:
+            C_of_channels = C if x.ndim == 3 else C[:, :, :, None]
+            yield "mixer.hook_y", "ssm_state C", (states * C_of_channels).sum(-1)
 
 
 def _copies_are_read(case: Case, one: Pair, ids: Tensor) -> None:
     """Edit the copies that a projection reads, and see that it read them: through its norm, and to each query head."""
-    layer, part = case.integer(0, one.model.cfg.n_layers - 1, "layer of the copies"), case.choice("qkv", "copies of")
+    names = set(one.names())
+    layers = [at for at in range(one.model.cfg.n_layers) if f"blocks.{at}.hook_resid_pre" in names]
+    if not layers:
+        return
+    layer, part = case.choice(layers, "layer of the copies"), case.choice("qkv", "copies of")
     at, model = f"blocks.{layer}.", one.model
     norm = model.declaration.norms.get("ln1")
     copy, made = f"{at}hook_{part}_input", f"{at}attn.hook_{part}"
-    if not {copy, made} <= set(one.names()):
+    if not {copy, made} <= names:
         return
     with torch.no_grad(), model.hooks(fwd_hooks=[(copy, case.family.edit_at(copy))]):
         _, cache = model.run_with_cache(ids, names_filter=one.names())
@@ -139,7 +238,7 @@ def _copies_are_read(case: Case, one: Pair, ids: Tensor) -> None:
     expected = torch.einsum("bphd,hde->bphe", read, weight) + bias
     case.same(f"{made}, which is the edited {copy} through its norm and W_{part.upper()},", cache[made], expected)
     seen, repeated = f"{at}attn.hook_{part}_rep", f"{copy}_rep"
-    if repeated in one.names() and seen in one.names() and not _norm_spans_heads(one, at, part):
+    if {repeated, seen} <= names and not _norm_spans_heads(one, at, part):
         with torch.no_grad(), model.hooks(fwd_hooks=[(repeated, case.family.edit_at(repeated))]):
             _, other = model.run_with_cache(ids, names_filter=[seen])
         case.same(f"{seen}, the same whether {repeated} or {copy} is edited,", other[seen], cache[seen])

@@ -116,10 +116,10 @@ def decompositions(case: Case) -> None:
         _, cache = one.model.run_with_cache(ids)
     has_heads = any(name.endswith("attn.hook_z") for name in one.model.table)
     parts = cache.get_full_resid_decomposition(expand_neurons=False) if has_heads else cache.decompose_resid()
-    case.same("the full decomposition", parts.sum(0), cache["resid_post", -1], 1e-4)
+    case.same("the full decomposition", parts.sum(0), cache["resid_post", -1], 1e-5)
     attributed, bias = cache.logit_attrs(parts, ids, return_bias=True)
     own = cache["unembed.hook_out"] * one.model.declaration.logit_factor
-    case.same("logit attributions", attributed.sum(0) + bias, own.gather(-1, ids[..., None])[..., 0], 1e-4)
+    case.same("logit attributions", attributed.sum(0) + bias, own.gather(-1, ids[..., None])[..., 0], 1e-5)
 
 
 @check(

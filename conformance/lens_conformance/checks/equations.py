@@ -34,6 +34,15 @@ def equations(case: Case) -> None:
         _copies_are_read(case, one, ids)
 
 
+_READ_BY = {
+    "ln1": ("hook_resid_pre",),
+    "ln2": ("hook_mlp_in", "hook_resid_mid"),
+    "ln1_post": ("attn.hook_out",),
+    "ln2_post": ("mlp.hook_out",),
+    "norm": ("hook_mixer_in", "hook_resid_pre"),
+}
+
+
 class _Place:
     """The values at the names with one prefix, by what follows it."""
 
@@ -58,10 +67,19 @@ class _Place:
                 continue
             module = self.one.hf.get_submodule(place.path.format(layer=self.layer))
             yield out, place.kind.equation, place.kind.affine(module, self[normalized])
-            centred = self[normalized] * self[scale]
-            own, expected = place.kind.split(module, centred)
-            yield scale, "the root of the mean square of its input and eps", expected
-            yield normalized, "its centred input / scale", own / self[scale]
+            read = next((read for read in self._reads(name) if read in self.cache), None)
+            told = "its input" if read is None else read.removeprefix(self.at)
+            own, expected = place.kind.split(
+                module, self[normalized] * self[scale] if read is None else self.cache[read]
+            )
+            yield scale, f"the root of the mean square of {told} and eps", expected
+            yield normalized, f"{told}, centred if it is a LayerNorm, / scale", own / self[scale]
+
+    def _reads(self, norm: str) -> list[str]:
+        """List the names of what a norm of the contract reads; of those that are there, it is the first."""
+        if norm == "ln_final":
+            return [f"blocks.{self.one.model.cfg.n_layers - 1}.hook_resid_post"]
+        return [f"{self.at}{name}" for name in _READ_BY.get(norm, ())]
 
 
 class _Outside(_Place):
@@ -158,10 +176,8 @@ class _Block(_Place):
         """Keys and values as the query heads see them: of a longer window, the last ones."""
         for part in "kv":
             seen, repeated = f"attn.hook_{part}_rep", f"hook_{part}_input_rep"
-            own = next(
-                (name for kind in ("rot_k", "k_normed", "k") if self.has(name := f"attn.hook_{kind}")),
-                None,
-            ) if part == "k" else "attn.hook_v"  # fmt: skip
+            made = ("rot_k", "k_normed", "k") if part == "k" else ("v",)
+            own = next((f"attn.hook_{name}" for name in made if self.has(f"attn.hook_{name}")), None)
             if own is None or not self.has(seen, own) or not self._starts_from_group(part, repeated):
                 continue
             heads = self[own].repeat_interleave(self[seen].shape[2] // self[own].shape[2], dim=2)

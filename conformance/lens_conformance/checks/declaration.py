@@ -10,7 +10,8 @@ from lens_conformance.checks import check
 from lens_conformance.oracle import Pair, new_pair, tiny_model
 from lens_conformance.report import place_of
 from lens_core._contract import CONTRACT
-from lens_core.plugin import LAYER_NORM
+from lens_core._registry import active_registry
+from lens_core.plugin import LAYER_NORM, Capability, Support
 
 
 @check(0, "HF's own model runs at the tiny config, lens loads it, and every name can be read", judge="hf", share=0.05)
@@ -59,6 +60,38 @@ def declaration(case: Case) -> None:
             assert one.model.weight(view.name, layer).numel(), f"{view.name} of block {layer} is empty"
 
 
+# what every block has that has the name which shows its kind
+_WHOLE = {
+    "hook_attn_out": ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "attn.hook_out"),
+    "hook_mlp_out": ("mlp.hook_in", "mlp.hook_out"),
+    "hook_mixer_out": (
+        *("mixer.hook_in_proj", "mixer.hook_gate", "mixer.hook_conv_in", "mixer.hook_conv", "mixer.hook_ssm_input"),
+        *("mixer.hook_B", "mixer.hook_C", "mixer.hook_delta_pre", "mixer.hook_delta", "mixer.hook_decay"),
+        *("mixer.hook_ssm_write", "mixer.hook_ssm_state", "mixer.hook_y", "mixer.hook_ssm_output", "mixer.hook_gated"),
+    ),
+    "mlp.hook_router_logits": ("mlp.hook_expert_weights", "mlp.hook_expert_indices"),
+}
+_DENSE = ("mlp.hook_pre", "mlp.hook_post")
+
+
+def _lacks(one: Pair, own: set[str]) -> list[str]:
+    """List the names of the contract that a block of this kind must have and has not."""
+    wanted = [name for shows, names in _WHOLE.items() if shows in own for name in names]
+    if "hook_mlp_out" in own and "mlp.hook_router_logits" not in own:
+        wanted += [*_DENSE, *(["mlp.hook_pre_linear"] if one.model.cfg.gated_mlp else [])]
+    branch = {"ln1": "hook_attn_out", "ln2": "hook_mlp_out", "norm": "hook_mixer_out"}
+    for norm, place in one.model.declaration.norms.items():
+        parts = {f"{norm}.hook_{part}" for part in ("scale", "normalized", "out")}
+        if "{layer}" in place.path and (own & parts or branch.get(norm) in own):
+            wanted += sorted(parts)
+    declared = active_registry().resolve(one.family.model_type).capabilities
+    if declared[Capability.ATTENTION_PATTERN].support is Support.ABSENT:
+        wanted = [name for name in wanted if name != "attn.hook_pattern"]
+    if declared[Capability.SSM_STATE].support is Support.ABSENT:
+        wanted = [name for name in wanted if not name.startswith("mixer.")]
+    return [name for name in wanted if name not in own]
+
+
 def _block_is_whole(one: Pair, layer: int) -> None:
     cfg, at = one.model.cfg, f"blocks.{layer}."
     own = {name.removeprefix(at) for name in one.model.table if name.startswith(at)}
@@ -66,6 +99,8 @@ def _block_is_whole(one: Pair, layer: int) -> None:
     is_mixer = "hook_mixer_out" in own
     assert len(missing) < len(one.model.declaration.writers), f"block {layer} has none of its writers {missing}"
     assert {"hook_resid_pre", "hook_resid_post"} <= own, f"block {layer} lacks hook_resid_pre or hook_resid_post"
+    lacks = _lacks(one, own)
+    assert not lacks, f"block {layer} lacks {', '.join(lacks)}, which the contract gives every block of its kind"
     if not is_mixer and "hook_mlp_out" in own and "hook_attn_out" in own:
         is_parallel = "hook_resid_mid" not in own
         assert is_parallel == cfg.parallel_attn_mlp, (
@@ -88,5 +123,6 @@ def _norm_is(one: Pair, name: str, kind: Any, path: str) -> None:
         f"{name} is declared {kind.name}, and {path} is {type(module).__name__}"
     )
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if name in ("ln1", "norm"):
-        assert eps == one.model.cfg.eps, f"cfg.eps is {one.model.cfg.eps}, and {path} has {eps}"
+    gain = getattr(module, "weight", None)
+    if eps is not None and (gain is None or tuple(gain.shape) == (one.model.cfg.d_model,)):
+        assert eps == one.model.cfg.eps, f"cfg.eps is {one.model.cfg.eps}, and {path}, the norm {name}, has {eps}"

@@ -26,33 +26,48 @@ def metric(logits: torch.Tensor) -> torch.Tensor:
     needs=Capability.GRADIENTS,
 )
 def gradients(case: Case) -> None:
-    """One name, plain, edited or detached; parameters too."""
+    """Several names in a plain run, one edited or detached; copies one at a time; parameters too."""
     family = case.family
     with case.exact():
         one, ids = case.pair(torch.float64), case.tokens(max_pos=5)
-        [name] = case.deal([n for n in one.names() if family.gradient(n)])
+        pool = [n for n in one.names() if family.gradient(n)]
         kind = case.choice(("plain", "edited", "detached"), "kind")
-        edits: dict[str, Any] = {
-            "edited": {name: family.edit_at(name)},
-            "detached": {name: lambda x, hook: x.detach()},
-        }.get(kind, {})
-        expected, parameters = _golden(one, ids, edits, {name} if family.apart(name) else ())
-        flowing = max((float(g.abs().max()) for g in parameters.values() if g is not None), default=0.0)
-        got: list[torch.Tensor] = []
-        backward = [] if kind == "detached" else [(name, lambda g, hook: got.append(g.detach().clone()))]
-        one.hf.zero_grad(set_to_none=True)
-        logits = one.model.run_with_hooks(ids, fwd_hooks=list(edits.items()), bwd_hooks=backward)
-        if logits.requires_grad:
-            metric(logits).backward()
-        if kind == "detached":
-            for key, parameter in one.hf.named_parameters():
-                what = f"the gradient of {key} with {name} detached"
-                _compare(case, what, parameter.grad, parameters[key], flowing)
-        else:
-            ours = torch.cat(got[::-1], dim=1) if family.per_position(name) and got else (got[0] if got else None)
-            assert ours is not None, f"the backward function at {name} was not called"
-            _compare(case, f"the gradient at {name}, {kind}", ours, expected.get(name), flowing)
-        one.hf.zero_grad(set_to_none=True)
+        names = case.deal(pool, 6 if kind == "plain" else 1)
+        apart = [n for n in names if family.apart(n)]
+        together = [n for n in names if n not in apart]
+        for group in ([together] if together else []) + [[n] for n in apart]:
+            _gradients_at(case, one, ids, group, kind)
+
+
+def _gradients_at(case: Case, one: Pair, ids: torch.Tensor, names: list[str], kind: str) -> None:
+    """Compare the gradients at some names of one run; of a detached name, the parameters' gradients."""
+    family, name = case.family, names[0]
+    edits: dict[str, Any] = {
+        "edited": {name: family.edit_at(name)},
+        "detached": {name: lambda x, hook: x.detach()},
+    }.get(kind, {})
+    expected, parameters = _golden(one, ids, edits, {name} if family.apart(name) else ())
+    flowing = max((float(g.abs().max()) for g in parameters.values() if g is not None), default=0.0)
+    got: dict[str, list[torch.Tensor]] = {each: [] for each in names}
+
+    def keep(g: torch.Tensor, hook: Any) -> None:
+        got[hook.name].append(g.detach().clone())
+
+    backward = [] if kind == "detached" else [(each, keep) for each in names]
+    one.hf.zero_grad(set_to_none=True)
+    logits = one.model.run_with_hooks(ids, fwd_hooks=list(edits.items()), bwd_hooks=backward)
+    if logits.requires_grad:
+        metric(logits).backward()
+    if kind == "detached":
+        for key, parameter in one.hf.named_parameters():
+            what = f"the gradient of {key} with {name} detached"
+            _compare(case, what, parameter.grad, parameters[key], flowing, name=name)
+    else:
+        for each, seen in got.items():
+            assert seen, f"the backward function at {each} was not called"
+            ours = torch.cat(seen[::-1], dim=1) if family.per_position(each) else seen[0]
+            _compare(case, f"the gradient at {each}, {kind}", ours, expected.get(each), flowing, name=each)
+    one.hf.zero_grad(set_to_none=True)
 
 
 def _golden(one: Pair, ids: torch.Tensor, edits: Any, through: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -69,7 +84,12 @@ def _golden(one: Pair, ids: torch.Tensor, edits: Any, through: Any) -> tuple[dic
 
 
 def _compare(
-    case: Case, what: str, ours: torch.Tensor | None, theirs: torch.Tensor | None, flowing: float = 0.0
+    case: Case,
+    what: str,
+    ours: torch.Tensor | None,
+    theirs: torch.Tensor | None,
+    flowing: float = 0.0,
+    name: str | None = None,
 ) -> None:
     """Compare relative to the gradient's own size; None of golden's is zeros.
 
@@ -82,7 +102,7 @@ def _compare(
     theirs = torch.zeros_like(ours) if theirs is None else theirs
     assert ours.shape == theirs.shape, f"{what} has shape {tuple(ours.shape)}, not {tuple(theirs.shape)}"
     off = float((ours - theirs).abs().max()) / max(1e-6, 1e-4 * flowing, float(theirs.abs().max()))
-    case.worst.note(off, BOUND)
+    case.worst.note(off, BOUND, name)
     assert off <= BOUND, f"{what} is off by {off:.1e} of its size"
 
 

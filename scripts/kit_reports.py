@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write what the conformance kit's reports say into the documentation.
 
-In benchmarks/conformance, `make drift` leaves reports in the folder of a release, `make certificates` in `certificates`.
+`make drift` and `make certificates` leave reports in benchmarks/conformance, by release and in `certificates`.
 
 python scripts/kit_reports.py            # write both tables
 python scripts/kit_reports.py --check    # exit 1 where one is out of date

@@ -27,7 +27,10 @@ class NotThereError(Exception):
 
 @attrs.define
 class Worst:
-    """The largest error that a check saw, against its bound; by hook point where it compares values."""
+    """The largest error that a check saw, against its bound; by hook point where it compares values.
+
+    `note` takes the hook point's name, or a message that begins with it.
+    """
 
     off: float = 0.0
     bound: float = 0.0
@@ -39,8 +42,9 @@ class Worst:
             self.off, self.bound = off, bound
         elif not bound:
             self.off = max(self.off, off)
-        if name is not None:
-            self.by_name[name] = max(off, self.by_name.get(name, 0.0))
+        place = (name or "").partition(" ")[0].rstrip(",:")  # what a message begins with
+        if "hook_" in place or place == "logits":
+            self.by_name[place] = max(off, self.by_name.get(place, 0.0))
 
 
 def error(ours: Tensor, expected: Tensor) -> float:

@@ -263,10 +263,10 @@ def test_a_report_with_a_survivor_does_not_pass():
 def test_the_worst_error_is_the_one_nearest_to_its_bound():
     """Errors against different bounds are compared by how much of the bound they use."""
     worst = Worst()
-    worst.note(1e-8, 1e-4, "a")
-    worst.note(1e-9, 1e-9, "b")
-    worst.note(1e-7, 1e-4, "a")
-    assert (worst.off, worst.bound, worst.by_name) == (1e-9, 1e-9, {"a": 1e-7, "b": 1e-9})
+    worst.note(1e-8, 1e-4, "hook_a, which is b")
+    worst.note(1e-9, 1e-9, "the sum")
+    worst.note(1e-7, 1e-4, "hook_a")
+    assert (worst.off, worst.bound, worst.by_name) == (1e-9, 1e-9, {"hook_a": 1e-7})
 
 
 def test_one_case_of_one_number_is_one_example():

@@ -143,8 +143,9 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_plugins_as_json_tells_everything(capsys):
+def test_plugins_as_json_tells_everything(capsys, monkeypatch, tmp_path):
     """Name, distribution, version, status, reason, and for each architecture its versions and capabilities."""
+    monkeypatch.setenv("LENS_CERTIFICATES", str(tmp_path))  # not the user's own
     with isolated_registry(discover=True):
         assert run("plugins", "--json") == 0
     document = json.loads(capsys.readouterr().out)
@@ -157,6 +158,7 @@ def test_plugins_as_json_tells_everything(capsys):
         "status": "ok",
         "reason": "",
         "model_types": ["gpt2"],
+        "certificates": [],
     }
     assert (architecture["api_version"], architecture["transformers"]) == (1, ">=5.20,<6")
     assert architecture["capabilities"].keys() == {capability.value for capability in Capability}

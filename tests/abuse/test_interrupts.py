@@ -13,10 +13,23 @@ import torch
 from abuse.models import GREEDY, KINDS, TOKENS, victim
 
 import lens_core
+from lens_core import _functions
 
 CORE = str(Path(lens_core.__file__).parent)
 CRITICAL = ("_plan.py", "_taps.py", "_functions.py", "_context.py", "_graph.py", "/contextlib.py", "/utils/hooks.py")
 """Where taps, slots and modes are put in and taken out: interrupted at one line after the other."""
+
+
+@pytest.fixture(autouse=True)
+def free_lock():
+    """Free the core's lock where the trace raised between the end of its block and its exit.
+
+    Python runs a line event there and no signal handler: the exit of a lock is one call of C. Held on, it would let the
+    threads of later tests wait for ever.
+    """
+    yield
+    while _functions._lock._is_owned():
+        _functions._lock.release()
 
 
 def halve(x, hook):

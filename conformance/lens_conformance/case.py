@@ -15,7 +15,7 @@ from lens_conformance.family import Family, KnownFailure
 from lens_conformance.float64 import true_float64
 from lens_conformance.oracle import Pair, Variant, new_pair, shared_pair
 
-__all__ = ["TIGHT", "Case", "Deck", "NotThereError", "Worst", "error", "pad", "tokens"]
+__all__ = ["TIGHT", "Case", "Deck", "NotThereError", "Worst", "difference", "error", "pad", "tokens"]
 
 TIGHT = 1e-9
 """In true float64, of a value's scale: rounding of a few hundred operations stays well below."""
@@ -47,12 +47,8 @@ class Worst:
             self.by_name[place] = max(off, self.by_name.get(place, 0.0))
 
 
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Give the largest difference over the scale; infinite where shapes or masked cells differ.
-
-    The scale is the root of the mean square, at least 0.1: the largest value would let one channel of thousands, which
-    real models have, hide all others.
-    """
+def difference(ours: Tensor, expected: Tensor) -> float:
+    """Give the largest difference; infinite where shapes, masked cells or numbers that are none differ."""
     if ours.shape != expected.shape or ours.is_floating_point() != expected.is_floating_point():
         return math.inf
     if not expected.is_floating_point():
@@ -60,11 +56,20 @@ def error(ours: Tensor, expected: Tensor) -> float:
     hidden = expected == -torch.inf
     if not torch.equal(ours == -torch.inf, hidden):
         return math.inf
-    ours, expected = ours.detach().double().masked_fill(hidden, 0), expected.detach().double().masked_fill(hidden, 0)
-    if not ours.numel():
-        return 0.0
-    off = float((ours - expected).abs().max()) / max(0.1, float(expected.square().mean().sqrt()))
-    return math.inf if math.isnan(off) else off
+    off = (ours.detach().double() - expected.detach().double()).masked_fill(hidden, 0).abs()
+    return math.inf if bool(off.isnan().any()) else float(off.max()) if off.numel() else 0.0
+
+
+def error(ours: Tensor, expected: Tensor) -> float:
+    """Give the largest difference over the scale; infinite where shapes or masked cells differ.
+
+    The scale is the root of the mean square, at least 0.1: the largest value would let one channel of thousands, which
+    real models have, hide all others.
+    """
+    seen = expected.detach().double()
+    seen = seen.masked_fill(seen == -torch.inf, 0)
+    scale = float(seen.square().mean().sqrt()) if expected.is_floating_point() and seen.numel() else 0.1
+    return difference(ours, expected) / max(0.1, scale)
 
 
 def tokens(batch: int, pos: int, seed: int = 0) -> Tensor:

@@ -1,12 +1,11 @@
 """Runs of a pair, and comparison with golden's in units of the value's own scale."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from families.subject import Pair, Subject
-from lens_conformance.case import TIGHT
+from lens_conformance.case import TIGHT, difference
 from lens_conformance.edits import Edit
 from torch import Tensor
 
@@ -15,18 +14,9 @@ TOLERANCE = TIGHT
 
 def error(ours: Tensor, expected: Tensor) -> float:
     """Give the largest difference over the largest value (at least 1); infinite where shapes or masked cells differ."""
-    if ours.shape != expected.shape or ours.is_floating_point() != expected.is_floating_point():
-        return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(ours, expected) else float("inf")
-    hidden = expected == -torch.inf
-    if not torch.equal(ours == -torch.inf, hidden):
-        return float("inf")
-    ours, expected = ours.detach().double().masked_fill(hidden, 0), expected.detach().double().masked_fill(hidden, 0)
-    if not ours.numel():
-        return 0.0
-    off = float((ours - expected).abs().max()) / max(1.0, float(expected.abs().max()))
-    return float("inf") if math.isnan(off) else off
+    seen = expected.detach().double()
+    scale = float(seen.masked_fill(seen == -torch.inf, 0).abs().max()) if seen.numel() else 1.0
+    return difference(ours, expected) / max(1.0, scale)
 
 
 def same(name: str, ours: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:

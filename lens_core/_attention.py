@@ -179,6 +179,8 @@ class Override:
     edited: bool
     rotary: Any = None
     """Cosines and sines of this call's positions; None where the layer has no rotary embedding."""
+    norm: nn.Module | None = None
+    """What norms them once they are rotated."""
 
 
 def rotated(module: nn.Module, x: Float[Tensor, "batch heads pos d_head"], cos_sin: Any) -> Tensor:
@@ -312,6 +314,8 @@ def _overridden(module: nn.Module, repeated: Tensor, override: Override, *, tota
     values = override.values.transpose(1, 2)  # batch some pos d_head
     if override.rotary is not None:
         values = rotated(module, values, override.rotary)
+    if override.norm is not None:
+        values = override.norm.forward(values)
     end = min(repeated.shape[2], total)
     start = end - values.shape[2]
     middle = repeated[:, :, start:end].clone()

@@ -49,7 +49,7 @@ class BranchInput:
 
 @attrs.frozen(kw_only=True)
 class ScaledBranch:
-    """What a branch adds to the residual stream where HF multiplies its output by a factor, outside of any module.
+    """What a branch adds to the residual stream where HF scales its output, or sums two, outside of any module.
 
     An edited value is not divided by the factor again, which would lose bits: the sum itself is written. `base` is the
     module whose input is the stream that the branch is added to; `sum_at` the module whose input is the sum, which is
@@ -61,6 +61,8 @@ class ScaledBranch:
     block: str
     base: str
     sum_at: str | None = None
+    beside: str | None = None
+    """A module that is run before `path`, and whose output is added to that one's."""
 
     @property
     def group(self) -> Hashable:
@@ -71,6 +73,8 @@ class ScaledBranch:
         """Keep the stream, fire after the branch's forward, and write the sum."""
         for watch in watches:
             yield ModuleStep(path=self.base, when="pre", act=self._keep)
+            if self.beside is not None:
+                yield ModuleStep(path=self.beside, when="post", act=self._keep_beside)
             yield ModuleStep(path=self.path, when="post", act=lambda call, w=watch: self._fire(w, call))
             if self.sum_at is None:
                 yield ModuleStep(path=self.block, when="post", act=self._replace)
@@ -80,8 +84,14 @@ class ScaledBranch:
     def _keep(self, call: ModuleCall) -> None:
         call.run.now.scratch[self, "stream"] = call.stream
 
+    def _keep_beside(self, call: ModuleCall) -> None:
+        call.run.now.scratch[self, "beside"] = call.result
+
     def _fire(self, watch: Watch, call: ModuleCall) -> None:
-        value = watch.fire(call.result * self.factor, beside=True)
+        out = call.result
+        if self.beside is not None:
+            out = call.run.now.scratch.pop((self, "beside")) + out
+        value = watch.fire(out if self.factor == 1 else out * self.factor, beside=True)
         if watch.edited or watch.rerouted:
             call.run.now.scratch[self] = value
 

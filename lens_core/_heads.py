@@ -31,9 +31,11 @@ class Projection:
     columns: Columns
     """With `heads`."""
     norm: str | None = None
-    """A norm between this projection and the rotary embedding."""
+    """A norm between this projection and the kernel."""
     norm_takes: Literal["heads", "heads_first", "whole"] = "heads"
     """What that norm is given: `[batch, pos, heads, d_head]`, `[batch, heads, pos, d_head]`, or all heads flat."""
+    norm_is_after_rotary: bool = False
+    """Whether that norm follows the rotary embedding; it is then given `[batch, heads, pos, d_head]`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -125,11 +127,13 @@ class HeadInput:
         groups = copies.tensor.shape[2] // (projection.columns.heads or 1)
         own = [head // groups for head in heads]
         values = self._projected(part, copies, heads, own, call)
-        if projection.norm is not None and projection.norm_takes != "whole":
+        after = projection.norm if projection.norm_is_after_rotary else None
+        if projection.norm is not None and after is None and projection.norm_takes != "whole":
             module, whole = call.run.module(projection.norm), projection.columns.read(call.result, call.run)
             values = _each_normed(module, whole, values, own, projection.norm_takes)
         rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
-        return Override(heads=heads, values=values, edited=bool(edited), rotary=rotary)
+        norm = None if after is None else call.run.module(after)
+        return Override(heads=heads, values=values, edited=bool(edited), rotary=rotary, norm=norm)
 
     def _norm_whole(self, part: str, call: ModuleCall) -> None:
         """Norm the override's heads where all heads are normed together: beside what functions made of the others."""

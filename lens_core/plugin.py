@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lens_core._contract import point
     from lens_core._convolution import convolution, convolution_step
     from lens_core._declaration import CallInput, Declaration, LensConfig, NormPlace
+    from lens_core._decoder import Attn, Decoder, Mixer, Mlp, Moe, QkNorm
+    from lens_core._decoder_weights import declare
     from lens_core._functions import Slot, function_slot
     from lens_core._graph import with_gradient_of
     from lens_core._mixer import InsideMixer, MixerCall, MixerKernel
@@ -74,12 +76,14 @@ __all__ = [
     "RMS_NORM_OFFSET",
     "Architecture",
     "Attention",
+    "Attn",
     "BranchInput",
     "CallInput",
     "Capability",
     "CapabilitySupport",
     "Columns",
     "Declaration",
+    "Decoder",
     "Embedding",
     "ExpertOutput",
     "HeadInput",
@@ -88,16 +92,20 @@ __all__ = [
     "HookPoint",
     "InsideMixer",
     "LensConfig",
+    "Mixer",
     "MixerCall",
     "MixerKernel",
+    "Mlp",
     "ModuleCall",
     "ModuleInput",
     "ModuleOutput",
     "ModuleStep",
+    "Moe",
     "NormInside",
     "NormKind",
     "NormPlace",
     "Projection",
+    "QkNorm",
     "Router",
     "Run",
     "ScaledBranch",
@@ -114,6 +122,7 @@ __all__ = [
     "Whole",
     "convolution",
     "convolution_step",
+    "declare",
     "function_slot",
     "head_input_points",
     "hookimpl",
@@ -129,6 +138,8 @@ __all__ = [
 ]
 
 _LAZY = {  # name -> the module that defines it
+    **dict.fromkeys(("Attn", "Decoder", "Mixer", "Mlp", "Moe", "QkNorm"), "lens_core._decoder"),
+    "declare": "lens_core._decoder_weights",
     **dict.fromkeys(("CallInput", "Declaration", "LensConfig", "NormPlace"), "lens_core._declaration"),
     **dict.fromkeys(
         ("LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "NormKind"), "lens_core._norms"

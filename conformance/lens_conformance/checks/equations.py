@@ -176,8 +176,9 @@ class _Block(_Place):
         """Keys and values as the query heads see them: of a longer window, the last ones."""
         for part in "kv":
             seen, repeated = f"attn.hook_{part}_rep", f"hook_{part}_input_rep"
-            made = ("rot_k", "k_normed", "k") if part == "k" else ("v",)
-            own = next((f"attn.hook_{name}" for name in made if self.has(f"attn.hook_{name}")), None)
+            made = [f"attn.hook_{name}" for name in (("rot_k", "k_normed", "k") if part == "k" else ("v",))]
+            order = list(self.one.model.table)  # the last that is computed is what heads see: norms stand on either side
+            own = max(filter(self.has, made), key=lambda name: order.index(self.at + name), default=None)
             if own is None or not self.has(seen, own) or not self._starts_from_group(part, repeated):
                 continue
             heads = self[own].repeat_interleave(self[seen].shape[2] // self[own].shape[2], dim=2)

@@ -26,15 +26,16 @@ TIED = {"tie_word_embeddings": (False, True)}
 WIDTHS = {"head_dim": (10, 6)}  # other than hidden_size / num_attention_heads
 
 
-def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    """Give rotary parameters whose base is small enough that positions differ."""
     return {"rope_type": kind, "rope_theta": 100.0, **fields}
 
 
 ROPES = (
-    _rope("default"),
-    _rope("linear", factor=3.0),
-    _rope("yarn", factor=4.0, original_max_position_embeddings=16),
-    _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+    rope("default"),
+    rope("linear", factor=3.0),
+    rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
 )
 # model type -> (fields of its config, axes)
 TYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -52,7 +53,7 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mistral": ({}, {**GROUPS, **WIDTHS, "sliding_window": (3, None)}),
     "qwen2": ({"use_sliding_window": True, "sliding_window": 3}, {**GROUPS, **TIED, "max_window_layers": (1, 3)}),
     "qwen3": ({}, {**GROUPS, **WIDTHS, "attention_bias": (True, False)}),
-    "phi3": ({"rope_parameters": _rope("default", partial_rotary_factor=0.5)}, {**GROUPS, "sliding_window": (3, None)}),
+    "phi3": ({"rope_parameters": rope("default", partial_rotary_factor=0.5)}, {**GROUPS, "sliding_window": (3, None)}),
     "gemma": ({}, {**GROUPS, **WIDTHS}),
     "gemma2": (
         {"sliding_window": 3, "query_pre_attn_scalar": 7, "head_dim": 10},

@@ -1,4 +1,4 @@
-"""GPT-2 for lens: the descriptor, which imports neither torch nor transformers."""
+"""GPT-2 and GPT-BigCode for lens: the descriptor, which imports neither torch nor transformers."""
 
 from lens_core.plugin import Architecture, Capability, Support, hookimpl
 
@@ -8,7 +8,7 @@ __all__ = ["__version__", "lens_architectures"]
 
 _CAPABILITIES = {
     Capability.ATTENTION_PATTERN: Support.FULL,
-    Capability.SSM_STATE: (Support.ABSENT, "GPT-2 has no state-space layer"),
+    Capability.SSM_STATE: (Support.ABSENT, "no state-space layer"),
     Capability.POSITION_EMBEDDING: Support.FULL,
     Capability.PER_HEAD: Support.FULL,
     Capability.GENERATE: Support.FULL,
@@ -53,19 +53,31 @@ _CONFIG_IGNORED = (
 )
 
 
+_BIGCODE_HANDLED = (
+    "multi_query",
+    "num_key_value_heads",
+    "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32",
+)
+
+
 @hookimpl
 def lens_architectures() -> list[Architecture]:
-    """Describe GPT-2."""
+    """Describe GPT-2 and GPT-BigCode."""
     return [
         Architecture(
-            name="GPT-2",
-            model_types=("gpt2",),
+            name=name,
+            model_types=(model_type,),
             api_version=1,
             transformers=">=5.20,<6",
-            implementation="lens_gpt2._architecture:GPT2",
+            implementation=f"lens_gpt2._architecture:{implementation}",
             capabilities=_CAPABILITIES,
-            config_handled=_CONFIG_HANDLED,
+            config_handled=(*_CONFIG_HANDLED, *handled),
             config_ignored=_CONFIG_IGNORED,
-            toy="toy",
+            toy="toy" if model_type == "gpt2" else None,
+        )
+        for name, model_type, implementation, handled in (
+            ("GPT-2", "gpt2", "GPT2", ()),
+            ("GPT-BigCode", "gpt_bigcode", "GPTBigCode", _BIGCODE_HANDLED),
         )
     ]

@@ -27,50 +27,90 @@ _EXPERT_WEIGHTS = (Support.PARTIAL, "W_in, W_gate and W_out are given for dense 
 _HANDLED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "max_position_embeddings"),
-    *("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "rope_parameters", "tie_word_embeddings"),
-    *("attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "attention_dropout"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "qkv_bias", "attention_out_bias", "lm_head_bias"),
+    *("attention_dropout", "residual_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout"),
+    *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "use_sliding_window"),
+    *("max_window_layers", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "qk_layernorm", "use_qk_norm", "original_max_position_embeddings"),
+    *("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier", "logit_scale"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "eod_token_id", "sep_token_id", "use_cache"),
 )
-_IGNORED = ("initializer_range", "pretraining_tp")
+_SPARSE = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "mlp_layer_types"),
+    *("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "n_shared_experts", "num_shared_experts"),
+    *("shared_expert_intermediate_size", "shared_intermediate_size"),
+)
+_IGNORED = ("initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef")
 
-# model type -> what people call it, the fields of its own that are handled, and those that change nothing here
-_TYPES = {
-    "llama": ("Llama", (), ()),
-    "mistral": ("Mistral", (), ()),
-    "qwen2": ("Qwen2", (), ()),
-    "qwen3": ("Qwen3", (), ()),
-    "phi3": ("Phi-3", ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"), ()),
-    "gemma": ("Gemma", (), ()),
-    "gemma2": ("Gemma 2", ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"), ()),
-    "gemma3_text": (
-        "Gemma 3",
-        ("query_pre_attn_scalar", "final_logit_softcapping", "_sliding_window_pattern"),
-        ("attn_logit_softcapping",),
-    ),
-    "olmo2": ("OLMo 2", (), ()),
-    "granite": (
-        "Granite",
-        ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"),
-        (),
-    ),
-    "smollm3": ("SmolLM3", ("no_rope_layers", "no_rope_layer_interval"), ()),
-    "stablelm": ("StableLM", ("use_parallel_residual", "qk_layernorm", "hidden_dropout"), ()),
-    "starcoder2": ("StarCoder2", ("residual_dropout", "embedding_dropout"), ()),
-    # `router_jitter_noise` is in neither: in training it writes into what the MLP received.
-    "mixtral": (
-        "Mixtral",
-        ("num_local_experts", "num_experts_per_tok"),
-        ("output_router_logits", "router_aux_loss_coef"),
-    ),
-    "qwen3_moe": (
-        "Qwen3-MoE",
+# model type -> what people call it, and the fields of its own that are handled
+_DENSE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "llama": ("Llama", ()),
+    "mistral": ("Mistral", ()),
+    "ministral": ("Ministral", ()),
+    "ministral3": ("Ministral 3", ()),
+    "internlm3": ("InternLM3", ()),
+    "iquestcoder": ("IQuest-Coder", ()),
+    "cwm": ("Code World Model", ()),
+    "ernie4_5": ("ERNIE 4.5", ()),
+    "seed_oss": ("Seed-OSS", ()),
+    "qwen2": ("Qwen2", ()),
+    "qwen3": ("Qwen3", ()),
+    "smollm3": ("SmolLM3", ("no_rope_layers", "no_rope_layer_interval")),
+    "helium": ("Helium", ()),
+    "hunyuan_v1_dense": ("HunYuan", ()),
+    "apertus": ("Apertus", ()),
+    "gemma": ("Gemma", ()),
+    "gemma2": ("Gemma 2", ()),
+    "gemma3_text": ("Gemma 3", ()),
+    "vaultgemma": ("VaultGemma", ()),
+    "glm": ("GLM-4", ()),
+    "glm4": ("GLM-4-0414", ()),
+    "exaone4": ("EXAONE 4", ()),
+    "olmo": ("OLMo", ()),  # not `clip_qkv`, which writes into what the projections returned
+    "olmo2": ("OLMo 2", ()),
+    "olmo3": ("OLMo 3", ()),
+    "phi": ("Phi", ()),
+    "phi3": ("Phi-3", ()),
+    "persimmon": ("Persimmon", ()),
+    "stablelm": ("StableLM", ("use_parallel_residual",)),
+    "starcoder2": ("StarCoder2", ()),
+    "nemotron": ("Nemotron", ()),
+    "arcee": ("Arcee", ()),
+    "jais2": ("Jais 2", ()),
+    "cohere": ("Command R", ()),
+    "cohere2": ("Command R7B", ()),
+    "granite": ("Granite", ()),
+    "hyperclovax": ("HyperCLOVA X", ("use_post_norm",)),
+    "bitnet": ("BitNet", ()),
+}
+# Fields of jitter are in neither list: in training they write into what the MLP received.
+_MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mixtral": ("Mixtral", ()),
+    "qwen2_moe": ("Qwen2-MoE", ()),
+    "qwen3_moe": ("Qwen3-MoE", ()),
+    "olmoe": ("OLMoE", ()),
+    "flex_olmo": ("FlexOlmo", ()),
+    "granitemoe": ("Granite-MoE", ()),
+    "granitemoeshared": ("Granite-MoE, shared", ()),
+    "gpt_oss": ("gpt-oss", ("swiglu_alpha", "swiglu_limit")),
+    "glm4_moe": ("GLM-4.5", ("num_mtp_layers",)),
+    "dots1": ("dots.llm1", ()),
+    "solar_open": ("Solar Open", ()),
+    "exaone_moe": ("EXAONE MoE", ()),
+    "ernie4_5_moe": (
+        "ERNIE 4.5 MoE",
         (
-            *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-            *("decoder_sparse_step", "mlp_only_layers"),
+            *("moe_k", "moe_num_experts", "moe_num_shared_experts", "moe_norm_min"),
+            *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         ),
-        ("output_router_logits", "router_aux_loss_coef"),
     ),
+    "hunyuan_v1_moe": ("HunYuan-MoE", ("moe_topk",)),
+    "minimax_m2": ("MiniMax-M2", ()),
+    "phimoe": ("Phi-MoE", ()),
+    "hy_v3": ("HY 3", ("router_scaling_factor", "enable_moe_fp32_combine")),
+    "mellum": ("Mellum", ()),
 }
 
 
@@ -84,11 +124,14 @@ def lens_architectures() -> list[Architecture]:
             api_version=1,
             transformers=">=5.20,<6",
             implementation="lens_llama._architecture:Llama",
-            capabilities=_CAPABILITIES
-            | ({Capability.WEIGHT_VIEWS: _EXPERT_WEIGHTS} if model_type in ("mixtral", "qwen3_moe") else {}),
-            config_handled=(*_HANDLED, *handled),
-            config_ignored=(*_IGNORED, *ignored),
+            capabilities=_CAPABILITIES | more,
+            config_handled=(*_HANDLED, *fields, *own),
+            config_ignored=_IGNORED,
             toy="toy" if model_type == "llama" else None,
         )
-        for model_type, (name, handled, ignored) in _TYPES.items()
+        for types, more, fields in (
+            (_DENSE, {}, ()),
+            (_MIXTURES, {Capability.WEIGHT_VIEWS: _EXPERT_WEIGHTS}, _SPARSE),
+        )
+        for model_type, (name, own) in types.items()
     ]

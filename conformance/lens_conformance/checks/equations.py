@@ -166,18 +166,25 @@ class _Block(_Place):
 
     def _mlp(self) -> Iterator[Equation]:
         if self.has("mlp.hook_pre", "mlp.hook_post") and self.one.model.cfg.act_fn is not None:
-            expected = ACT2FN[self.one.model.cfg.act_fn](self["mlp.hook_pre"])
+            expected = self._activation()(self["mlp.hook_pre"])
             if self.has("mlp.hook_pre_linear"):
                 yield "mlp.hook_post", "act(pre) * pre_linear", expected * self["mlp.hook_pre_linear"]
             else:
                 yield "mlp.hook_post", "act(pre)", expected
+
+    def _activation(self) -> Any:
+        """Give the declared activation; one with parameters of its own is the model's."""
+        module = self.one.hf.get_submodule(self.one.model.table[f"{self.at}mlp.hook_post"].seam.path.rpartition(".")[0])
+        own = getattr(module, "act_fn", None)
+        learned = isinstance(own, torch.nn.Module) and any(True for _ in own.parameters())
+        return own.forward if learned else ACT2FN[self.one.model.cfg.act_fn]
 
     def _heads(self) -> Iterator[Equation]:
         """Keys and values as the query heads see them: of a longer window, the last ones."""
         for part in "kv":
             seen, repeated = f"attn.hook_{part}_rep", f"hook_{part}_input_rep"
             made = [f"attn.hook_{name}" for name in (("rot_k", "k_normed", "k") if part == "k" else ("v",))]
-            order = list(self.one.model.table)  # the last that is computed is what heads see: norms stand on either side
+            order = list(self.one.model.table)  # heads see the last that is computed: norms stand on either side
             own = max(filter(self.has, made), key=lambda name: order.index(self.at + name), default=None)
             if own is None or not self.has(seen, own) or not self._starts_from_group(part, repeated):
                 continue

@@ -51,7 +51,7 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "apertus": ({}, {**GROUPS, **BIASED}),
     "glm": ({**HALF, "head_dim": 8}, {**GROUPS, **BIASED}),
     "glm4": ({**HALF, "head_dim": 8}, {**GROUPS, **BIASED}),
-    "exaone4": (MIXED, {**GROUPS, "sliding_window": (3, None)}),
+    "exaone4": (MIXED, {**GROUPS}),
     "olmo": ({}, {**GROUPS, **BIASED}),
     "olmo3": (MIXED, {**GROUPS, **BIASED}),
     "phi": (HALF, {**GROUPS, "qk_layernorm": (False, True)}),

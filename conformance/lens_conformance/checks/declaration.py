@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from lens_conformance.case import Case
 from lens_conformance.checks import check
@@ -11,7 +10,7 @@ from lens_conformance.oracle import Pair, new_pair, tiny_model
 from lens_conformance.report import place_of
 from lens_core._contract import CONTRACT
 from lens_core._registry import active_registry
-from lens_core.plugin import LAYER_NORM, Capability, Support
+from lens_core.plugin import Capability, Support
 
 
 @check(0, "HF's own model runs at the tiny config, lens loads it, and every name can be read", judge="hf", share=0.05)
@@ -118,10 +117,10 @@ def _block_is_whole(one: Pair, layer: int) -> None:
 
 def _norm_is(one: Pair, name: str, kind: Any, path: str) -> None:
     module = one.hf.get_submodule(path)
-    is_layer_norm = isinstance(module, nn.LayerNorm)
-    assert (kind is LAYER_NORM) == is_layer_norm, (
-        f"{name} is declared {kind.name}, and {path} is {type(module).__name__}"
-    )
+    x = torch.randn(3, one.model.cfg.d_model, dtype=one.dtype)
+    with torch.no_grad():
+        centres = torch.allclose(module.forward(x + 3), module.forward(x), rtol=0, atol=0.1)
+    assert kind.centres == centres, f"{name} is declared {kind.name}, and {path} is {type(module).__name__}"
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     gain = getattr(module, "weight", None)
     if eps is not None and (gain is None or tuple(gain.shape) == (one.model.cfg.d_model,)):

@@ -62,7 +62,6 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cohere": ({"logit_scale": 0.4}, {**GROUPS, **TIED, "use_qk_norm": (True, False)}),
     "cohere2": ({**MIXED, "logit_scale": 0.4}, {**GROUPS, **TIED}),
     "hyperclovax": (FACTORS, {**GROUPS, "use_post_norm": (True, False)}),
-    "bitnet": ({}, {**GROUPS, **BIASED}),
     "qwen2_moe": (
         {**EXPERTS, "shared_expert_intermediate_size": 24},
         {**GROUPS, "mlp_only_layers": ([0], []), "norm_topk_prob": (False, True)},
@@ -117,6 +116,24 @@ BIGCODE = Family(
     },
     dropout={"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
 )
+LEARNED = {"vocab_size": 29, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+ENDS = {"max_position_embeddings": 32, "bos_token_id": 28, "eos_token_id": 28, "pad_token_id": 28}
+OPT = Family(
+    model_type="opt",
+    config={**LEARNED, **ENDS, "ffn_dim": 37, "word_embed_proj_dim": 32, "dropout": 0.0},
+    axes={**TIED, "activation_function": ("relu", "gelu"), "enable_bias": (True, False)},
+)
+BIOGPT = Family(
+    model_type="biogpt",
+    config={
+        **LEARNED,
+        **ENDS,
+        "intermediate_size": 37,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    axes={**TIED, "hidden_act": ("gelu", "relu"), "scale_embedding": (True, False), "layer_norm_eps": (1e-12, 1e-3)},
+)
 EAGER = ("vaultgemma", "gpt_oss")
 DROPOUT = {"phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2}, "ernie4_5": {}, "ernie4_5_moe": {}}
 
@@ -134,4 +151,4 @@ def family(model_type: str) -> Family:
     )
 
 
-FAMILIES = [*(family(model_type) for model_type in TYPES), BIGCODE]
+FAMILIES = [*(family(model_type) for model_type in TYPES), BIGCODE, OPT, BIOGPT]

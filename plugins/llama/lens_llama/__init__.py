@@ -83,7 +83,6 @@ _DENSE: dict[str, tuple[str, tuple[str, ...]]] = {
     "cohere2": ("Command R7B", ()),
     "granite": ("Granite", ()),
     "hyperclovax": ("HyperCLOVA X", ("use_post_norm",)),
-    "bitnet": ("BitNet", ()),
 }
 # Fields of jitter are in neither list: in training they write into what the MLP received.
 _MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -12,11 +12,9 @@ from lens_core.plugin import (
     RMS_NORM_GAIN_FIRST,
     RMS_NORM_OFFSET,
     Attn,
-    Columns,
     Decoder,
     HookPoint,
     Mlp,
-    ModuleInput,
     QkNorm,
     point,
 )
@@ -99,19 +97,6 @@ def _exaone4(config: Any) -> Decoder:
     return Decoder(**POST, attn=Attn(qk_norm=HEADS_FIRST, rotary=rotary))
 
 
-def _bitnet(config: Any) -> Decoder:
-    """Norms stand before both output projections: z and post are what they read."""
-
-    def own(layer: int) -> Iterator[HookPoint]:
-        block, here = f"model.layers.{layer}", partial(point, layer=layer)
-        z = ModuleInput(path=f"{block}.self_attn.attn_sub_norm", view=Columns(heads=config.num_attention_heads))
-        yield here("attn.hook_z", z, equation="pattern v of the head's group, before attn_sub_norm")
-        post = ModuleInput(path=f"{block}.mlp.ffn_sub_norm")
-        yield here("mlp.hook_post", post, equation="act(pre) * pre_linear, before ffn_sub_norm")
-
-    return Decoder(own=own)
-
-
 def _phi(config: Any) -> Decoder:
     """One dropout ends both branches."""
 
@@ -192,5 +177,4 @@ DENSE: Mapping[str, Callable[[Any], Decoder]] = {
     "cohere2": lambda config: _cohere(config, rotary=sliding_layers(config)),
     "granite": granite,
     "hyperclovax": _hyperclovax,
-    "bitnet": _bitnet,
 }

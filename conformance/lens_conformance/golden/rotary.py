@@ -1,8 +1,9 @@
 """Rotary position embeddings from their papers, in float64: plain, linear, dynamic, YaRN, LongRoPE and Llama 3.
 
 Glossary: pair j of the rotated width D turns by position * w_j, with w_j = base ** (-2j / D); pair j is the channels
-(j, j + D/2) of a head. Sources: Su et al. 2021 (RoFormer), Chen et al. 2023 (linear interpolation), Peng et al. 2023
-(YaRN, NTK by parts), the dynamic NTK rule, Ding et al. 2024 (LongRoPE), Meta 2024 (Llama 3.1's smoothing).
+(j, j + D/2) of a head, or, interleaved, (2j, 2j + 1). Sources: Su et al. 2021 (RoFormer), Chen et al. 2023
+(linear interpolation), Peng et al. 2023 (YaRN, NTK by parts), the dynamic NTK rule, Ding et al. 2024 (LongRoPE), Meta
+2024 (Llama 3.1's smoothing).
 """
 
 import math
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, positions: Tensor, rope: Mapping[str, Any], max_positions: int) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, rope: Mapping[str, Any], max_positions: int, interleaved: bool = False
+) -> Tensor:
     """Turn the first channels of each head by its position.
 
     Args:
@@ -21,13 +24,23 @@ def rotate(x: Tensor, positions: Tensor, rope: Mapping[str, Any], max_positions:
         positions: `[batch or 1, pos]`.
         rope: HF's `rope_parameters` of this kind of layer.
         max_positions: the context that the dynamic rule starts from (HF's `max_position_embeddings`).
+        interleaved: whether a pair is two neighbours.
     """
     width = int(x.shape[-1] * rope.get("partial_rotary_factor", 1.0))
     frequencies, factor = turns(rope, width, int(positions.max()) + 1, max_positions)
     angles = positions.to(torch.float64)[..., None] * frequencies  # batch pos pair
     cos, sin = (factor * f(angles)[:, :, None] for f in (torch.cos, torch.sin))
-    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    pairs = x[..., :width].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    axis = -1 if interleaved else -2
+    first, second = pairs.unbind(axis)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=axis)
+    return torch.cat([turned.flatten(-2), x[..., width:]], dim=-1)
+
+
+def query_factor(positions: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """Give what Ministral 3 multiplies queries by, `[batch or 1, pos, 1, 1]`: it grows with each original context."""
+    past = torch.floor(positions.to(torch.float64) / rope["original_max_position_embeddings"])
+    return (1 + rope["llama_4_scaling_beta"] * torch.log1p(past))[..., None, None]
 
 
 def turns(rope: Mapping[str, Any], width: int, length: int, max_positions: int) -> tuple[Tensor, float]:
@@ -38,6 +51,8 @@ def turns(rope: Mapping[str, Any], width: int, length: int, max_positions: int) 
         return base**-steps, 1.0
     if kind == "linear":
         return base**-steps / factor, 1.0
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's: a fixed length
+        return (base * rope["alpha"] ** (width / (width - 2))) ** -steps, 1.0
     if kind == "dynamic":
         longer = max(length, max_positions) / max_positions
         return (base * (factor * longer - (factor - 1)) ** (width / (width - 2))) ** -steps, 1.0

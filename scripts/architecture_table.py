@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write the table of architectures into the README, from the descriptors of the installed plugins.
+"""Write the tables of architectures into README and docs, from the descriptors of the installed plugins.
 
-python scripts/architecture_table.py            # write it
-python scripts/architecture_table.py --check    # exit 1 where it is out of date
+python scripts/architecture_table.py            # write them
+python scripts/architecture_table.py --check    # exit 1 where one is out of date
 """
 
 import sys
@@ -16,43 +16,53 @@ from lens_core._discovery import PluginRecord, PluginStatus
 from lens_core._registry import active_registry
 from lens_core.plugin import Architecture, Support
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def table() -> str:
-    """Give the table in Markdown: a row for the architectures of one plugin that lack the same."""
-    rows = [
-        _row(record, list(alike))
-        for record in active_registry().records
-        if record.status is PluginStatus.OK
-        for _, alike in groupby(sorted(record.architectures, key=_key), key=_key)
-    ]
-    return "\n".join(
-        ("| architecture | model types | install | transformers | not in full |", "|---|---|---|---|---|", *rows)
+def served() -> list[PluginRecord]:
+    """Give the plugins that serve."""
+    return [record for record in active_registry().records if record.status is PluginStatus.OK]
+
+
+def plugins() -> Iterator[str]:
+    """Give a row for each plugin and each range of transformers: the model types that it serves."""
+    yield "| install | transformers | model types |"
+    yield "|---|---|---|"
+    for record in served():
+        by_range = sorted(record.architectures, key=lambda architecture: architecture.transformers)
+        for transformers, alike in groupby(by_range, key=lambda architecture: architecture.transformers):
+            types = ", ".join(f"`{name}`" for architecture in alike for name in architecture.model_types)
+            yield f"| `{record.distribution}` | `{transformers}` | {types} |"
+
+
+def architectures() -> Iterator[str]:
+    """Give a row for the architectures of one plugin that lack the same."""
+    yield "| architecture | model types | install | not in full |"
+    yield "|---|---|---|---|"
+    for record in served():
+        for lacks, alike in groupby(sorted(record.architectures, key=_lacks), key=_lacks):
+            yield _row(record, list(alike), lacks)
+
+
+def _row(record: PluginRecord, alike: Sequence[Architecture], lacks: str) -> str:
+    names = ", ".join(architecture.name for architecture in alike)
+    types = ", ".join(f"`{name}`" for architecture in alike for name in architecture.model_types)
+    return f"| {names} | {types} | `{record.distribution}` | {lacks} |"
+
+
+def _lacks(architecture: Architecture) -> str:
+    lacks = (
+        f"`{capability.value}` is {given.support.value}: {given.reason}"
+        for capability, given in architecture.capabilities.items()
+        if given.support is not Support.FULL
     )
-
-
-def _key(architecture: Architecture) -> tuple[str, str]:
-    return architecture.transformers, "<br>".join(_lacks(architecture)) or "nothing"
-
-
-def _row(record: PluginRecord, alike: Sequence[Architecture]) -> str:
-    transformers, lacks = _key(alike[0])
-    cells = (
-        ", ".join(architecture.name for architecture in alike),
-        ", ".join(f"`{name}`" for architecture in alike for name in architecture.model_types),
-        f"`{record.distribution}`",
-        f"`{transformers}`",
-        lacks,
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _lacks(architecture: Architecture) -> Iterator[str]:
-    for capability, given in architecture.capabilities.items():
-        if given.support is not Support.FULL:
-            yield f"`{capability.value}` is {given.support.value}: {given.reason}"
+    return "<br>".join(lacks) or "nothing"
 
 
 if __name__ == "__main__":
-    sys.exit(update(README, "architectures", table(), check="--check" in sys.argv[1:]))
+    is_check = "--check" in sys.argv[1:]
+    made = [
+        update(ROOT / "README.md", "architectures", "\n".join(plugins()), check=is_check),
+        update(ROOT / "docs" / "types.md", "architectures", "\n".join(architectures()), check=is_check),
+    ]
+    sys.exit(max(made))

@@ -3,7 +3,7 @@
 
 `make drift` and `make certificates` leave reports in benchmarks/conformance, by release and in `certificates`.
 
-python scripts/kit_reports.py            # write both tables
+python scripts/kit_reports.py            # write the tables
 python scripts/kit_reports.py --check    # exit 1 where one is out of date
 """
 
@@ -71,10 +71,26 @@ def certificates() -> Iterator[str]:
         yield f"| `{model_type}` | {' | '.join(map(str, cells))} |"
 
 
+_SIGNS = {"passed": "+", "absent": "·", "not judged": "o", "known": "k", "blocked": "-"}
+
+
+def properties() -> Iterator[str]:
+    """Give a row for each model type and a column for each check, by its number or its name."""
+    found = reports(REPORTS / "certificates")
+    checks = list(dict.fromkeys(outcome["name"] for report in found.values() for outcome in report["outcomes"]))
+    yield f"| model type | level | transformers | {' | '.join(checks)} |"
+    yield f"|---|---|---|{'---|' * len(checks)}"
+    for model_type, report in found.items():
+        held = {outcome["name"]: _SIGNS.get(outcome["status"], "**F**") for outcome in report["outcomes"]}
+        cells = (report["level"], report["versions"]["transformers"], *(held.get(check, " ") for check in checks))
+        yield f"| `{model_type}` | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     is_check = "--check" in sys.argv[1:]
     made = [
         update(PAGE, "drift", "\n".join(drift()), check=is_check),
         update(PAGE, "certificates", "\n".join(certificates()), check=is_check),
+        update(ROOT / "docs" / "types.md", "properties", "\n".join(properties()), check=is_check),
     ]
     sys.exit(max(made))

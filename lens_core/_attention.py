@@ -184,10 +184,13 @@ class Override:
 
 
 def rotated(module: nn.Module, x: Float[Tensor, "batch heads pos d_head"], cos_sin: Any) -> Tensor:
-    """Rotate the leading part of each head, as long as the cosines are, by the function of the module's own file."""
-    rotate = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
-    width = cos_sin[0].shape[-1]
-    turned = rotate(x[..., :width], x[..., :width], *cos_sin)[1]
+    """Rotate the leading part of each head by the function of the module's own file.
+
+    That part is as long as the cosines are, or twice: a file without `rotate_half` has one for each pair of channels.
+    """
+    names = inspect.unwrap(type(module).forward).__globals__
+    width = cos_sin[0].shape[-1] * (1 if "rotate_half" in names else 2)
+    turned = names["apply_rotary_pos_emb"](x[..., :width], x[..., :width], *cos_sin)[1]
     return torch.cat([turned, x[..., width:]], dim=-1)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lens_core._declaration import Declaration, LensConfig
-from lens_core._decoder import Decoder
+from lens_core._decoder import Decoder, Mixer
 from lens_core._decoder_points import decoder_norms, decoder_points, projections
 from lens_core._rotary import rotary_reach
 from lens_core._views import Columns
@@ -29,6 +29,7 @@ def declare(decoder: Decoder, config: Any) -> Declaration:
     """
     cfg = _lens_config(decoder, config)
     found = {branch for layer in range(cfg.n_layers) for branch in decoder.branches(layer)}
+    mixer = decoder.mixer
     return Declaration(
         cfg=cfg,
         base=decoder.base,
@@ -43,9 +44,17 @@ def declare(decoder: Decoder, config: Any) -> Declaration:
         logit_factor=decoder.logit_scale / decoder.logit_divisor,
         embeddings=("hook_embed",) if decoder.pos_embed is None else ("hook_embed", "hook_pos_embed"),
         weights=tuple(_weights(decoder, cfg)),
+        mixer_kind="mixer" if mixer is None else mixer.kind,
+        aliases={} if mixer is None else _aliases(decoder, mixer, cfg),
         read_call=decoder.read_call,
+        block_values=decoder.block_values,
         has_absolute_positions=True,  # a rotation by a common offset is exact on paper only
     )
+
+
+def _aliases(decoder: Decoder, mixer: Mixer, cfg: LensConfig) -> dict[str, str]:
+    layers = [layer for layer in range(cfg.n_layers) if "mixer" in decoder.branches(layer)]
+    return {f"blocks.{at}.{alias}": f"blocks.{at}.{name}" for at in layers for alias, name in mixer.aliases.items()}
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:
@@ -94,7 +103,8 @@ def _weights(decoder: Decoder, cfg: LensConfig) -> Iterator[WeightView]:
         path = ".".join(name for name in (block, moe.path, moe.router, moe.router_weight) if name)
         sparse = _layers(cfg, lambda layer: "mlp" in decoder.branches(layer) and decoder.is_sparse(layer))
         if sparse != ():
-            yield WeightView(name="W_router", path=path, pattern="expert d -> d expert", layers=sparse)
+            pattern = None if moe.router_weight else "expert d -> d expert"  # a linear module is seen as [in, out]
+            yield from weight_and_bias("router", path, pattern=pattern, layers=sparse)
     yield from _mlp(decoder, cfg)
     if decoder.mixer is not None:
         yield from decoder.mixer.weights

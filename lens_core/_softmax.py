@@ -42,6 +42,8 @@ class InsideSoftmax(FunctionMode):
         self.scores, self.pattern = scores, pattern
         self.is_real, self.masked, self.stops = is_real, masked, stops
         self.softmaxes = 0
+        self.sinks = 0
+        """Columns of an attention sink behind the keys'; they are no cells of scores and pattern."""
 
     @property
     def is_edited(self) -> bool:
@@ -59,6 +61,10 @@ class InsideSoftmax(FunctionMode):
             return func(*args, **kwargs)
         if func in SOFTMAXES:
             return self._softmax(func, args, kwargs)
+        if func is torch.cat and _is_sink(args[0], kwargs.get("dim")):
+            cells, sink = args[0]
+            self.sinks = sink.shape[-1]
+            return func([self._scores(cells), sink], **kwargs)
         if func in DROPOUTS and not self.is_real and not self.is_edited and not self.is_rerouted:
             return args[0] if args else kwargs["input"]  # beside the model: draw no random numbers
         return func(*args, **kwargs)
@@ -66,14 +72,19 @@ class InsideSoftmax(FunctionMode):
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         self.softmaxes += 1
         scores, rest = args[0], args[1:]
-        if self.scores is not None:
-            scores = _fire_scores(self.scores, scores, self.masked)
+        scores = scores if self.sinks else self._scores(scores)
         pattern = func(scores, *rest, **kwargs)
-        if self.pattern is not None:
+        if self.pattern is not None and self.sinks:
+            cells = _fire_pattern(self.pattern, pattern[..., : -self.sinks], scores.dtype)
+            pattern = torch.cat([cells, pattern[..., -self.sinks :].to(cells.dtype)], dim=-1)
+        elif self.pattern is not None:
             pattern = _fire_pattern(self.pattern, pattern, scores.dtype)
         if self.stops:
             raise Enough
         return pattern
+
+    def _scores(self, cells: Tensor) -> Tensor:
+        return cells if self.scores is None else _fire_scores(self.scores, cells, self.masked)
 
     def check(self, module: nn.Module) -> None:
         """Raise when the eager function did not compute one softmax."""
@@ -82,6 +93,11 @@ class InsideSoftmax(FunctionMode):
                 f"the eager attention of {type(module).__name__} computed {self.softmaxes} softmaxes where one was "
                 "expected; scores and pattern cannot be told apart there"
             )
+
+
+def _is_sink(tensors: Any, dim: int | None) -> bool:
+    """Whether scores get a column that is no key's, as `gpt_oss` has it."""
+    return len(tensors) == 2 and dim == -1 and tensors[0].ndim == 4 and tensors[1].shape[-1] == 1
 
 
 def _fire_pattern(watch: Watch, pattern: Float[Tensor, "batch heads query slots"], dtype: torch.dtype) -> Tensor:

@@ -118,7 +118,8 @@ def _plain(tensor: Any, view: WeightView, module: nn.Module) -> Tensor:
 
 def _n_outputs(module: Any) -> int:
     """Count what a linear map or a convolution gives, under the name that its class has for it."""
-    return next(getattr(module, name) for name in ("out_features", "out_channels", "nf") if hasattr(module, name))
+    names = ("out_features", "out_channels", "nf")
+    return next((getattr(module, name) for name in names if hasattr(module, name)), module.weight.shape[0])
 
 
 def stack_weight(view: WeightView, find_module: Callable[[str], nn.Module], n_layers: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What the names mean, among the values themselves: every equation that needs no other forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ class _Place:
         """Whether these names are in the cache."""
         return all(self.at + name in self.cache for name in names)
 
+    def declares(self, name: str) -> bool:
+        """Whether this block has such a place at all."""
+        return self.at + name in self.one.model.table
+
     def __getitem__(self, name: str) -> Tensor:
         return self.cache[self.at + name]
 
@@ -79,7 +83,9 @@ class _Place:
         """List the names of what a norm of the contract reads; of those that are there, it is the first."""
         if norm == "ln_final":
             return [f"blocks.{self.one.model.cfg.n_layers - 1}.hook_resid_post"]
-        return [f"{self.at}{name}" for name in _READ_BY.get(norm, ())]
+        # Where attention reads the same norm, the mixer's copy of the stream passes it by.
+        kin = "norm" if norm == "ln1" and not self.declares("hook_attn_out") else norm
+        return [f"{self.at}{name}" for name in _READ_BY.get(kin, ())]
 
 
 class _Outside(_Place):
@@ -128,21 +134,29 @@ class _Block(_Place):
         before, name = self["hook_resid_pre"] if self.has("hook_resid_pre") else None, "resid_pre"
         if before is None:
             return
-        if self.has("hook_resid_mid", "hook_attn_out"):
-            yield "hook_resid_mid", "resid_pre + attn_out", before + self["hook_attn_out"]
+        if self.has("hook_mixer_in"):
+            yield "hook_mixer_in", f"a copy of {name}", before
+        table = list(self.one.model.table)  # in the order of computation
+        writers = [writer for writer in self.one.model.declaration.writers if self.declares(writer)]
+        if self.has("hook_resid_mid"):
+            middle = table.index(f"{self.at}hook_resid_mid")
+            first = [writer for writer in writers if table.index(self.at + writer) < middle]
+            writers = [writer for writer in writers if writer not in first]
+            if self.has(*first):
+                yield "hook_resid_mid", self._told(name, first), before + sum(self[writer] for writer in first)
         for copy in ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"):
             if self.has(copy) and not self._is_after(copy):
                 yield copy, "resid_pre for each head", before[:, :, None].expand_as(self[copy])
-        writers = self.one.model.declaration.writers
         if self.has("hook_resid_mid"):
-            before, name, writers = self["hook_resid_mid"], "resid_mid", writers[1:]
+            before, name = self["hook_resid_mid"], "resid_mid"
         if self.has("hook_mlp_in"):
             yield "hook_mlp_in", f"a copy of {name}", before
-        if self.has("hook_mixer_in"):
-            yield "hook_mixer_in", f"a copy of {name}", before
         if self.has("hook_resid_post", *writers):
-            told = " + ".join((name, *(writer.removeprefix("hook_") for writer in writers)))
-            yield "hook_resid_post", told, before + sum(self[writer] for writer in writers)
+            yield "hook_resid_post", self._told(name, writers), before + sum(self[writer] for writer in writers)
+
+    @staticmethod
+    def _told(name: str, writers: Iterable[str]) -> str:
+        return " + ".join((name, *(writer.removeprefix("hook_") for writer in writers)))
 
     def _is_after(self, copy: str) -> bool:
         """Whether an edit of `attn_in` comes before this copy of it."""
@@ -153,7 +167,11 @@ class _Block(_Place):
 
     def _attention(self) -> Iterator[Equation]:
         if self.has("attn.hook_attn_scores", "attn.hook_pattern"):
-            yield "attn.hook_pattern", "softmax(attn_scores)", self["attn.hook_attn_scores"].softmax(-1)
+            yield (
+                "attn.hook_pattern",
+                "softmax(attn_scores), sinks included",
+                self._shares(self["attn.hook_attn_scores"]),
+            )
         if self.has("attn.hook_z", "attn.hook_pattern", "attn.hook_v"):
             values = self["attn.hook_v_rep"] if self.has("attn.hook_v_rep") else self["attn.hook_v"]
             expected = torch.einsum("bhqk,bkhe->bqhe", self["attn.hook_pattern"], values)
@@ -163,6 +181,15 @@ class _Block(_Place):
             if "b_O" in self.one.model.weight_names:
                 expected = expected + self.one.model.weight("b_O", self.layer)
             yield "attn.hook_out", "the sum of the heads' results + b_O", expected
+
+    def _shares(self, scores: Tensor) -> Tensor:
+        """Give each key's share; a sink of the head (`module.sinks`, a logit each) takes one, too, that is no key's."""
+        module = self.one.hf.get_submodule(self.one.model.table[f"{self.at}attn.hook_pattern"].seam.path)
+        sinks = getattr(module, "sinks", None)
+        if sinks is None:
+            return scores.softmax(-1)
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 
     def _mlp(self) -> Iterator[Equation]:
         if self.has("mlp.hook_pre", "mlp.hook_post") and self.one.model.cfg.act_fn is not None:
@@ -205,12 +232,13 @@ class _Block(_Place):
         if self.has("mixer.hook_in_proj", "mixer.hook_gate", "mixer.hook_conv_in"):
             whole, gate, read = (self[f"mixer.hook_{name}"] for name in ("in_proj", "gate", "conv_in"))
             width, conv = gate.shape[-1], read.shape[-1]
-            starts = (0, width) if self.has("mixer.inner_norm.hook_scale") else (conv, 0)
+            starts = (conv, 0) if self.declares("mixer.hook_x_proj") else (0, width)
             yield "mixer.hook_gate", "its part of in_proj", whole[..., starts[0] :][..., :width]
             yield "mixer.hook_conv_in", "its part of in_proj", whole[..., starts[1] :][..., :conv]
         if self.has("mixer.hook_delta_pre", "mixer.hook_delta"):
             expected = torch.nn.functional.softplus(self["mixer.hook_delta_pre"])
-            least, most = getattr(self.one.config, "time_step_limit", None) or (0.0, torch.inf)
+            module = self.one.hf.get_submodule(self.one.model.table[f"{self.at}mixer.hook_delta"].seam.path)
+            least, most = getattr(module, "time_step_limit", None) or (0.0, torch.inf)
             yield "mixer.hook_delta", "softplus(delta_pre), within its limits", expected.clamp(least, most)
 
     def _scan(self) -> Iterator[Equation]:
@@ -236,6 +264,10 @@ class _Block(_Place):
         if states is not None and y is not None:
             C_of_channels = C if x.ndim == 3 else C[:, :, :, None]
             yield "mixer.hook_y", "ssm_state C", (states * C_of_channels).sum(-1)
+        is_plain = not self.declares("mixer.inner_norm.hook_scale")
+        if is_plain and self.has("mixer.hook_ssm_output", "mixer.hook_gate", "mixer.hook_gated"):
+            gate = torch.nn.functional.silu(self["mixer.hook_gate"])
+            yield "mixer.hook_gated", "ssm_output SiLU(gate)", self["mixer.hook_ssm_output"].reshape(gate.shape) * gate
 
 
 def _copies_are_read(case: Case, one: Pair, ids: Tensor) -> None:

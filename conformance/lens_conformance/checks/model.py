@@ -65,9 +65,9 @@ _PROJECTIONS = (
     ("attn.hook_v", ("ln1.hook_out", "hook_resid_pre"), "W_V", "b_V", "bpd,hde->bphe"),
     ("attn.hook_out", ("attn.hook_z",), "W_O", "b_O", "bphe,hed->bpd"),
     ("mlp.hook_pre_linear", ("mlp.hook_in",), "W_in", "b_in", "bpd,dm->bpm"),
-    ("mlp.hook_router_logits", ("mlp.hook_in",), "W_router", None, "bpd,de->bpe"),
+    ("mlp.hook_router_logits", ("mlp.hook_in",), "W_router", "b_router", "bpd,de->bpe"),
     ("mlp.hook_out", ("mlp.hook_post",), "W_out", "b_out", "bpm,md->bpd"),
-    ("mixer.hook_in_proj", ("norm.hook_out",), "W_in_proj", "b_in_proj", "bpd,dm->bpm"),
+    ("mixer.hook_in_proj", ("norm.hook_out", "ln1.hook_out"), "W_in_proj", "b_in_proj", "bpd,dm->bpm"),
     ("mixer.hook_x_proj", ("mixer.hook_ssm_input",), "W_x", None, "bpm,mr->bpr"),
     ("hook_mixer_out", ("mixer.hook_gated",), "W_out_proj", "b_out_proj", "bpm,md->bpd"),
 )
@@ -162,7 +162,10 @@ class _Views:
                 continue
             expected = torch.einsum(how, self[source], given[0])
             told = f"{source} {' + '.join(names)}"
-            yield made, told, expected + given[1] if len(given) > 1 else expected, names
+            expected = expected + given[1] if len(given) > 1 else expected
+            if made in self.model.declaration.writers:
+                expected = expected * self.model.declaration.factor_of(made)
+            yield made, told, expected, names
 
     def _selection(self) -> Iterator[tuple[str, str, Tensor, tuple[str, ...]]]:
         """The convolution, and the step sizes before softplus."""
@@ -184,13 +187,26 @@ class _Views:
         given = self.views("W_dt", "b_dt")
         if given is not None and self.has("mixer.hook_x_proj", "mixer.hook_delta_pre"):
             low, how = self["mixer.hook_x_proj"][..., : len(given[0])], "x_proj[:dt_rank]"
-            if self.has("mixer.dt_norm.hook_scale"):
-                low, how = low / self["mixer.dt_norm.hook_scale"], f"{how} / dt_norm.scale"
-            yield "mixer.hook_delta_pre", f"{how} W_dt + b_dt", low @ given[0] + given[1], ("W_dt", "b_dt")
+            low, how, gains = self._normed("dt", low, how)
+            yield "mixer.hook_delta_pre", f"{how} W_dt + b_dt", low @ given[0] + given[1], ("W_dt", "b_dt", *gains)
+        if self.has("mixer.hook_x_proj", "mixer.hook_B", "mixer.hook_C"):
+            width = self["mixer.hook_B"].shape[-1]
+            whole = self["mixer.hook_x_proj"]
+            for part, columns in (("B", whole[..., -2 * width : -width]), ("C", whole[..., -width:])):
+                expected, how, gains = self._normed(part, columns, f"{part} of x_proj")
+                yield f"mixer.hook_{part}", how, expected, gains
         given = self.views("b_dt") if "W_dt" not in self.model.weight_names else None
         if given is not None and self.has("mixer.hook_in_proj", "mixer.hook_delta_pre"):
             step = self["mixer.hook_in_proj"][..., -len(given[0]) :]
             yield "mixer.hook_delta_pre", "the last n_heads of in_proj + b_dt", step + given[0], ("b_dt",)
+
+    def _normed(self, part: str, read: Tensor, how: str) -> tuple[Tensor, str, tuple[str, ...]]:
+        """Give dt, B or C after its norm, if it has one, how that is computed, and the views in it."""
+        scale, gain = f"mixer.{part}_norm.hook_scale", self.views(f"W_{part}_norm")
+        if not self.has(scale):
+            return read, how, ()
+        read, how = read / self[scale], f"{how} / {part}_norm.scale"
+        return (read, how, ()) if gain is None else (read * gain[0], f"{how} * W_{part}_norm", (f"W_{part}_norm",))
 
     def _scan(self) -> Iterator[tuple[str, str, Tensor, tuple[str, ...]]]:
         """Decay, skip, and the gain of the norm inside."""

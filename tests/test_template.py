@@ -1,5 +1,6 @@
 """The template: what it renders is tidy, is discovered, passes the conformance kit, and fails it when broken."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import copier
 import pytest
+from lens_conformance import oracle
+from lens_conformance import run as hold
+
+from lens_core.testing import isolated_registry
 
 TEMPLATE = Path(__file__).parents[1] / "template"
 PACKAGE = "lens_ernie4_5"
@@ -26,9 +31,13 @@ def contents(folder):
 
 
 def run(*command, cwd, site=None):
-    """Run Python on a module in a process that finds the rendered plugin in `site`, and not in the folder it is in."""
+    """Run Python on a module in a process that finds the rendered plugin in `site`, and not in the folder it is in.
+
+    The plugin of this repository that serves the same type is left alone.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
-    environment |= {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **({"PYTHONPATH": str(site)} if site else {})}
+    environment |= {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "LENS_DISABLE_PLUGINS": "lens-llama"}
+    environment |= {"PYTHONPATH": str(site)} if site else {}
     options = {"cwd": cwd, "env": environment, "capture_output": True, "text": True}
     return subprocess.run([sys.executable, "-m", *command], **options, check=False)
 
@@ -113,19 +122,22 @@ def test_its_own_tests_pass(plugin, site):
     assert "not judged: the family has no golden forward" in done.stdout
 
 
-def test_a_mistake_is_found_by_name(plugin, site, tmp_path):
+def test_a_mistake_is_found_by_name(plugin, tmp_path, monkeypatch):
     """With the norms' paths swapped, the check of the weights says which value is not what its weight makes."""
-    broken = tmp_path / "site"
-    shutil.copytree(site, broken, ignore=shutil.ignore_patterns("__pycache__"))  # of this second, and as long
-    module = broken / PACKAGE / "_architecture.py"
+    shutil.copytree(plugin / PACKAGE, tmp_path / PACKAGE)
+    module = tmp_path / PACKAGE / "_architecture.py"
     right = module.read_text()
-    swapped = right.replace(".post_attention_layernorm", ".x").replace(".input_layernorm", ".post_attention_layernorm")
-    swapped = swapped.replace(".x", ".input_layernorm")
+    swapped = right.replace('"post_attention_layernorm"', "X").replace('"input_layernorm"', '"post_attention_layernorm"')
+    swapped = swapped.replace("X", '"input_layernorm"')
     assert swapped != right
     module.write_text(swapped)
-    options = ("--lens-level", "fast", "-k", "weights or dtypes")  # what fails, and what does not
-    done = run("pytest", "-p", "no:cacheprovider", *options, cwd=plugin, site=broken)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "test_conformance[weights]" in done.stdout
-    assert "blocks.0.attn.hook_q, which is ln1.hook_out W_Q + b_Q, is off by" in done.stdout
-    assert "1 failed, 1 passed" in done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    package, family = (importlib.import_module(name) for name in (PACKAGE, f"{PACKAGE}.family"))
+    with isolated_registry(package):
+        report = hold(family.FAMILY, level="fast", only=["weights", "dtypes"])  # what fails, and what does not
+        oracle.forget_pairs()
+    assert {one.name: one.status for one in report.outcomes} == {"weights": "failed", "dtypes": "passed"}
+    (failure,) = report.failures
+    assert "blocks.0.attn.hook_q, which is ln1.hook_out W_Q + b_Q, is off by" in failure.reason
+    for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+        del sys.modules[name]

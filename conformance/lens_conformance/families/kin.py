@@ -1,11 +1,12 @@
-"""Decoders without a golden forward of their own: HuggingFace and the contract's equations judge them.
+"""Decoders beside Llama's nearest kin: most are judged by the golden forward of `golden.llama`.
 
-Sizes, axes and helpers are those of `families.llama`.
+GPT-BigCode, OPT and BioGPT have none: HuggingFace and the contract's equations judge them. Sizes, axes and helpers are
+those of `families.llama`.
 """
 
 from typing import Any
 
-from lens_conformance.families.llama import GROUPS, ROPES, SIZES, TIED, WIDTHS, edit_at, rope
+from lens_conformance.families.llama import GROUPS, ROPES, TIED, WIDTHS, judged, rope
 from lens_conformance.family import Family
 
 __all__ = ["FAMILIES"]
@@ -134,21 +135,12 @@ BIOGPT = Family(
     },
     axes={**TIED, "hidden_act": ("gelu", "relu"), "scale_embedding": (True, False), "layer_norm_eps": (1e-12, 1e-3)},
 )
-EAGER = ("vaultgemma", "gpt_oss")
 DROPOUT = {"phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2}, "ernie4_5": {}, "ernie4_5_moe": {}}
 
 
 def family(model_type: str) -> Family:
     """Make the record of a type."""
-    config, axes = TYPES[model_type]
-    return Family(
-        model_type=model_type,
-        config={**SIZES, **config},
-        axes=axes,
-        implementations=("eager",) if model_type in EAGER else ("sdpa", "eager"),
-        edit_at=edit_at,
-        dropout=DROPOUT.get(model_type, {"attention_dropout": 0.2}),
-    )
+    return judged(model_type, *TYPES[model_type], dropout=DROPOUT.get(model_type, {"attention_dropout": 0.2}))
 
 
 FAMILIES = [*(family(model_type) for model_type in TYPES), BIGCODE, OPT, BIOGPT]

@@ -111,27 +111,35 @@ DROPOUT = {
     "starcoder2": ("attention_dropout", "residual_dropout", "embedding_dropout"),
 }
 
+EAGER = ("gemma2", "vaultgemma", "gpt_oss")  # HF has no SDPA for them
+PARALLEL = ("stablelm", "phi", "cohere", "cohere2")
+
 
 def edit_at(name: str, *, causal: bool = False) -> Any:
     """Choose the edit for a name; of chosen experts, the next one."""
     return (lambda x, hook=None: (x + 1) % 5) if name.endswith("expert_indices") else edits.edit_at(name, causal=causal)
 
 
-def family(model_type: str) -> Family:
-    """Make the record of a type."""
-    config, axes = TYPES[model_type]
-    copies = (*llama.COPIES, *(["hook_mlp_in"] if model_type == "stablelm" else []))
+def judged(model_type: str, config: dict[str, Any], axes: dict[str, Any], **given: Any) -> Family:
+    """Make the record of a type that has a golden forward of this family."""
+    copies = (*llama.COPIES, *(["hook_mlp_in"] if model_type in PARALLEL else []))
     return Family(
         model_type=model_type,
         config={**SIZES, **config},
         axes=axes,
         golden=llama.golden,
         names=llama.names,
-        implementations=("eager",) if model_type == "gemma2" else ("sdpa", "eager"),
+        implementations=("eager",) if model_type in EAGER else ("sdpa", "eager"),
         edit_at=edit_at,
         apart=lambda name: name.endswith(copies),
-        dropout=dict.fromkeys(DROPOUT.get(model_type, ("attention_dropout",)), 0.2),
+        **given,
     )
+
+
+def family(model_type: str) -> Family:
+    """Make the record of a type."""
+    dropout = dict.fromkeys(DROPOUT.get(model_type, ("attention_dropout",)), 0.2)
+    return judged(model_type, *TYPES[model_type], dropout=dropout)
 
 
 FAMILIES = [family(model_type) for model_type in TYPES]

@@ -8,14 +8,16 @@ import attrs
 import torch
 from torch import Tensor
 
+from lens_conformance.golden.kind import Kind
 from lens_conformance.golden.place import Place
 from lens_conformance.golden.rotary import query_factor, rotate
 
 
-def heads_of(config: Any) -> tuple[int, int, int]:
+def heads_of(config: Any, kind: Kind) -> tuple[int, int, int]:
     """Give the query heads, the key and value heads, and the width of one."""
     heads = config.num_attention_heads
-    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = heads if kind.qkv == "per_head" else config.num_key_value_heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:
@@ -40,7 +42,7 @@ class Attention(Place):
 
     def attention(self, x: Tensor, normed: Tensor) -> Tensor:
         """Run attention, from the copies to `attn.hook_out`."""
-        heads, kv_heads, d_head = heads_of(self.config)
+        heads, kv_heads, d_head = heads_of(self.config, self.kind)
         q, k, v, rep_in = self._projections(x, normed)
         raw_k = k
         for name, step in self._steps():
@@ -78,7 +80,7 @@ class Attention(Place):
 
     def _weight_and_bias(self, which: str) -> tuple[Tensor, Tensor]:
         """Give one projection as `[d_model, head, d_head]` and `[head, d_head]`."""
-        heads, kv_heads, d_head = heads_of(self.config)
+        heads, kv_heads, d_head = heads_of(self.config, self.kind)
         counts = {"q": heads, "k": kv_heads, "v": kv_heads}
         path = f"self_attn.{which}_proj" if self.kind.qkv == "separate" else "self_attn.qkv_proj"
         weight = self.weights[f"{path}.weight"]
@@ -93,7 +95,7 @@ class Attention(Place):
 
     def _projections(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Compute q, k and v, and what the query heads' own inputs of k and v hold beside them."""
-        heads, kv_heads, _ = heads_of(self.config)
+        heads, kv_heads, _ = heads_of(self.config, self.kind)
         grouped, found, reps = kv_heads < heads, [], {}
         start = x if grouped else self.at("hook_attn_in", x[:, :, None].expand(-1, -1, heads, -1))
         for which in "qkv":

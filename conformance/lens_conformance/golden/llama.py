@@ -48,7 +48,7 @@ def names(config: Any) -> list[str]:
 
 def _block_names(config: Any, layer: int) -> Iterator[str]:
     kind = KINDS[config.model_type]
-    heads, kv_heads, _ = heads_of(config)
+    heads, kv_heads, _ = heads_of(config, kind)
     grouped, parallel = kv_heads < heads, kind.parallel(config)
     yield from ("hook_resid_pre", *(COPIES[1:] if grouped else COPIES[:4]), "hook_mlp_in", "hook_resid_post")
     yield from ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_attn_scores", "attn.hook_pattern")

@@ -1,6 +1,5 @@
 """A proposal as a package: the text that is printed, tried and written is one and the same."""
 
-import pprint
 import textwrap
 from collections.abc import Mapping
 from importlib.resources import files
@@ -109,15 +108,11 @@ class Skeleton:
         edit = _EDIT if has_experts else ""
         given = {"model_type": self.model_type, "config": dict(self.config), "axes": dict(self.axes)}
         given |= {"dropout": dict(self.dropout), "implementations": self.proposal.implementations}
-        body = ",\n".join(f"    {name}={_indented(value)}" for name, value in given.items())
+        body = ",\n".join(f"    {name}={_literal(value)}" for name, value in given.items())
         body += ",\n" + ("    edit_at=edit_at,\n" if has_experts else "")
         return (
             f'"""What the conformance kit needs to try {self.title}: a tiny config, and what is varied."""\n\n'
-            f"{imports}
-{edit}
-FAMILY = Family(
-{body})
-"
+            f"{imports}\n{edit}\nFAMILY = Family(\n{body})\n"
         )
 
     # ------------------------------------------------------------------ files
@@ -194,8 +189,14 @@ def _arguments(text: str) -> list[str]:
     return [one.strip() for one in found if one.strip()]
 
 
-def _indented(value: Any) -> str:
-    return pprint.pformat(value, width=100, sort_dicts=False).replace("\n", "\n    ").replace("'", '"')
+def _literal(value: Any, indent: str = "    ") -> str:
+    """Write a value; a mapping that a line does not hold has a line for each key."""
+    text = repr(value).replace("'", '"')
+    if not isinstance(value, dict) or len(text) < 90:
+        return text
+    inner = f"{indent}    "
+    rows = "".join(f'{inner}"{name}": {_literal(one, inner)},\n' for name, one in value.items())
+    return f"{{\n{rows}{indent}}}"
 
 
 _EDIT = '''

@@ -76,8 +76,8 @@ class Moe:
     """The blocks that have one; None for all, the others have the dense MLP."""
     path: str = "mlp"
     router: str = "gate"
-    router_weight: str = ""
-    """The router's linear module, where its weight is not its own."""
+    router_linear: str | None = None
+    """The `nn.Linear` in the router; empty where the router is one itself, None where it has a bare weight."""
     experts: str = "experts"
     n_experts: int
     per_token: int
@@ -90,12 +90,15 @@ class Moe:
 
 @attrs.frozen(kw_only=True)
 class Mixer:
-    """A state-space mixer in attention's place, in some blocks."""
+    """A state-space mixer, in attention's place or beside it; `Decoder.branches` says in which blocks."""
 
     path: str
-    layers: Collection[int]
+    kind: str
+    """As `Declaration.mixer_kind`."""
     points: Callable[[int], Iterable[HookPoint]]
     """What is inside that of one block, 0-based: the names `mixer.*`."""
+    aliases: Mapping[str, str] = attrs.field(factory=dict[str, str])
+    """Further names of these places, both below the block."""
     weights: tuple[WeightView, ...] = ()
 
 
@@ -129,7 +132,7 @@ class Decoder:
     moe: Moe | None = None
     mixer: Mixer | None = None
     branches: Callable[[int], Collection[str]] = lambda layer: ("attn", "mlp")
-    """What a block has: "attn" or "mixer", or both, and "mlp"."""
+    """What a block has: "attn" or "mixer", or both side by side, and "mlp"; or one of them alone."""
 
     embed_scale: float = 1.0
     """A factor on the embeddings, outside of any module."""
@@ -145,6 +148,8 @@ class Decoder:
     """`cap * tanh(logits / cap)`, after the factor."""
     logits_dtype: str = "model"
 
+    block_values: int | None = None
+    """As `Declaration.block_values`."""
     own: Callable[[int], Iterable[HookPoint]] = lambda layer: ()
     """Hook points of one block, 0-based, in place of the derived ones of the same name, or besides them."""
     sizes: Mapping[str, Any] = attrs.field(factory=dict[str, Any])

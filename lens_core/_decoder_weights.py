@@ -100,10 +100,10 @@ def _weights(decoder: Decoder, cfg: LensConfig) -> Iterator[WeightView]:
         yield from weight_and_bias("O", f"{path}.{attn.out}", pattern="(h e) d -> h e d", sizes=heads, layers=own)
     if decoder.moe is not None:
         moe = decoder.moe
-        path = ".".join(name for name in (block, moe.path, moe.router, moe.router_weight) if name)
+        path = ".".join(name for name in (block, moe.path, moe.router, moe.router_linear) if name)
         sparse = _layers(cfg, lambda layer: "mlp" in decoder.branches(layer) and decoder.is_sparse(layer))
         if sparse != ():
-            pattern = None if moe.router_weight else "expert d -> d expert"  # a linear module is seen as [in, out]
+            pattern = "expert d -> d expert" if moe.router_linear is None else None
             yield from weight_and_bias("router", path, pattern=pattern, layers=sparse)
     yield from _mlp(decoder, cfg)
     if decoder.mixer is not None:

@@ -6,7 +6,8 @@ linear map, so that the type's own rule reroutes. HF's experts are one module wi
 `(hidden, indices, weights)`; single outputs come from calling it for one choice at a time, with weights of one.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -41,9 +42,16 @@ class Router:
     def steps(self, watches: Sequence[Watch], run: "Run") -> Iterator[ModuleStep]:
         """Fire after the router's forward."""
         by_part = {watch.point.seam.part: watch for watch in watches}
+        if "logits" in by_part:
+            yield ModuleStep(path=self.path, when="pre", act=self._keep_random)
         yield ModuleStep(path=self.path, when="post", act=lambda call: self._fire(by_part, call))
 
+    def _keep_random(self, call: ModuleCall) -> None:
+        if call.module.training:  # some routers draw
+            call.run.now.scratch[self.path] = _random_state(call.input.device)
+
     def _fire(self, watches: dict[str, Watch], call: ModuleCall) -> None:
+        random = call.run.now.scratch.pop(self.path, None)
         output: tuple[Tensor, ...] = call.output
         if len(output) != 3:
             raise UnsupportedHookError(
@@ -53,8 +61,8 @@ class Router:
         if "logits" in watches:
             value = _fire_flat(watches["logits"], logits, call)
             if value is not logits:
-                with during(_Substitute(value)):
-                    logits, *chosen = call.module.forward(call.input)
+                with _again(random, call.input.device), during(_Substitute(value)):
+                    logits, *chosen = call.module.forward(*call.args, **call.kwargs)
                 logits = value
         for index, part in enumerate(("weights", "indices")):
             if part in watches:
@@ -64,6 +72,24 @@ class Router:
         new = (logits, *chosen)
         if any(a is not b for a, b in zip(new, output, strict=True)):
             call.output, call.output_changed = new, True
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _again(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Generator[None, None, None]:
+    """Draw in the block what was drawn from a state on, and go on after it as if nothing had been drawn."""
+    if state is None:
+        yield
+        return
+    random: Any = torch.random
+    with random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
 
 
 def _check_indices(name: str, indices: Tensor, *, n_experts: int) -> None:

@@ -115,7 +115,8 @@ def _is_recomputed(one: Pair, ids: torch.Tensor) -> bool:
 
 def _in_a_block(one: Pair) -> str:
     """Give a name inside a block: what it writes to the stream first."""
-    return f"blocks.{one.model.cfg.n_layers - 1}.{one.model.declaration.writers[0]}"
+    names = (f"blocks.{one.model.cfg.n_layers - 1}.{writer}" for writer in one.model.declaration.writers)
+    return next(name for name in names if name in one.model.table)
 
 
 # Whether a model can do something, as a user finds out: the names are there, or the call is not refused. What a probe

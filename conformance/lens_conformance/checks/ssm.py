@@ -92,12 +92,14 @@ def state(case: Case) -> None:
 @check(29, "the chunk size does not matter", judge="hf", share=0.4, needs=Capability.SSM_STATE)
 def chunks(case: Case) -> None:
     """Logits and every value, where the config has a chunk size."""
-    if not hasattr(tiny_config(case.family, {}), "chunk_size"):
+    config = tiny_config(case.family, {})
+    field = next((name for name in ("chunk_size", "mamba_chunk_size") if hasattr(config, name)), None)
+    if field is None:
         raise NotThereError("HF's config has no chunk size")
     with case.exact():
         ids = case.tokens(min_pos=2)
         sizes = case.some(range(1, 10), "chunk sizes", least=2, most=2)
-        first, second = (new_pair(case.family, overrides={"chunk_size": size}, dtype=torch.float64) for size in sizes)
+        first, second = (new_pair(case.family, overrides={field: size}, dtype=torch.float64) for size in sizes)
         with torch.no_grad():
             logits, cache = first.model.run_with_cache(ids, names_filter=first.names())
             other_logits, other = second.model.run_with_cache(ids, names_filter=first.names())

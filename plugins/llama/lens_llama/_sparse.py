@@ -74,9 +74,7 @@ def _granite_moe(config: Any, beside: str | None = None) -> Decoder:
 
 def _hunyuan_v1_moe(config: Any) -> Decoder:
     one = config.moe_topk if isinstance(config.moe_topk, int) else config.moe_topk[0]
-    moe = Moe(
-        n_experts=config.num_experts, per_token=one, router_weight="wg", logits_dtype="float32", weights_dtype="float32"
-    )
+    moe = Moe(n_experts=config.num_experts, per_token=one, router_linear="wg")
     return Decoder(attn=Attn(qk_norm=AFTER_ROTARY), moe=moe)
 
 
@@ -98,7 +96,7 @@ SPARSE: Mapping[str, Callable[[Any], Decoder]] = {
     "ernie4_5_moe": _ernie4_5_moe,
     "hunyuan_v1_moe": _hunyuan_v1_moe,
     "minimax_m2": lambda config: Decoder(attn=Attn(qk_norm=WHOLE), moe=LOCAL(config, weights_dtype="float32")),
-    "phimoe": lambda config: Decoder(norm=LAYER_NORM, moe=LOCAL(config, router="router")),
-    "hy_v3": lambda config: _by_layer(config, qk_norm=BY_HEAD),
+    "phimoe": lambda config: Decoder(norm=LAYER_NORM, moe=LOCAL(config, router="router", router_linear="")),
+    "hy_v3": lambda config: _by_layer(config, qk_norm=HEADS_FIRST),
     "mellum": lambda config: _by_layer(config, _moe, qk_norm=BY_HEAD),
 }

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -76,7 +77,7 @@ def _start_steps(run: "Run", layer: int) -> Iterator[ModuleStep | SlotStep]:
         path = f"{run.blocks}.{skipped}"
         module = run.module(path)
         slot = function_slot(vars(module), "forward", original=module.forward)
-        yield SlotStep(path="", slot=slot, key=slot.key, handler=_hand_on)
+        yield SlotStep(path="", slot=slot, key=slot.key, handler=partial(_hand_on, run.block_values))
 
     def feed(call: ModuleCall) -> None:
         if run.residual is not None:
@@ -85,8 +86,8 @@ def _start_steps(run: "Run", layer: int) -> Iterator[ModuleStep | SlotStep]:
     yield ModuleStep(path=_block_path(run, layer), when="pre", act=feed)
 
 
-def _hand_on(original: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+def _hand_on(values: int | None, original: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return hidden_states if values is None else (hidden_states, *[None] * (values - 1))
 
 
 def warn_of_cost(run: "Run", call: Call) -> None:

@@ -275,7 +275,8 @@ class _Onward:
 
 def _onward(parts: Decomposition, layer: int, norm: str) -> _Onward:
     model = model_of(parts.cache)
-    factor, name = model.declaration.branch_factor, f"blocks.{layer}.{norm}.hook_scale"
+    writer = "hook_attn_out" if norm == "ln1_post" else "hook_mlp_out"
+    factor, name = model.declaration.factor_of(writer), f"blocks.{layer}.{norm}.hook_scale"
     if name not in parts.cache.table:
         return _Onward(factor=factor)
     kind, module = (

@@ -39,6 +39,10 @@ class LensConfig:
     parallel_attn_mlp: bool = False
     d_inner: int | None = None
     """Channels of an SSM mixer."""
+    ssm_heads: int | None = None
+    """Heads of an SSM mixer, where `n_heads` are attention's."""
+    ssm_act_fn: str | None = None
+    """The activation after an SSM mixer's convolution, where it is another than `act_fn`."""
     d_state: int | None = None
     d_conv: int | None = None
     """Width of an SSM mixer's convolution."""
@@ -73,6 +77,7 @@ class LensConfig:
             "d_state": self.d_state,
             "dt_rank": self.dt_rank,
             "n_groups": self.n_groups,
+            "ssm_heads": self.ssm_heads,
             "head_dim": self.head_dim,
             "n_experts": self.n_experts,
             "k": self.experts_per_token,
@@ -120,16 +125,37 @@ class Declaration:
     """In the order of computation."""
     writers: tuple[str, ...]
     """What a block adds to the residual stream, in order: hook names below `blocks.L.`"""
-    branch_factor: float = 1.0
-    """A factor on what attention and MLP return, before it is added to the residual stream."""
+    branch_factor: float | Mapping[str, float] = 1.0
+    """A factor on what the writers' modules return, before it is added to the residual stream; by writer, if they
+    differ."""
     logit_factor: float = 1.0
     """What the unembedding's output is multiplied by to give the logits (Granite's `1 / logits_scaling`)."""
     embeddings: tuple[str, ...]
     """Hook points that sum to the first block's input."""
     weights: tuple[WeightView, ...]
+    mixer_kind: str = "mixer"
+    """What the blocks' state-space mixers are, if there are any: `mamba` or `mamba2`."""
     aliases: Mapping[str, str] = attrs.field(factory=dict[str, str])
     read_call: Callable[[CallInput], Tensor | None] | None = None
     """Gives the padding mask that HF is to have, or raises an `InputError` for a call that HF would compute wrongly;
     None hands every mask on."""
     has_absolute_positions: bool = False
     """Whether position ids must be derived from a padding mask."""
+    restarts_positions: bool = False
+    """Whether HF counts positions from 0 in every call, so that they must be given where a cache is continued."""
+    block_values: int | None = None
+    """How many values a block returns in a tuple, the stream first; None where it returns the stream itself."""
+
+    def factor_of(self, writer: str) -> float:
+        """Give the factor on what a writer's module returns."""
+        given = self.branch_factor
+        return given.get(writer, 1.0) if isinstance(given, Mapping) else given
+
+    def layer_types(self) -> tuple[str, ...]:
+        """Say for each block what mixes its positions, by its hook points; `mlp` where nothing does."""
+        found: list[set[str]] = [set() for _ in range(self.cfg.n_layers)]
+        for one in self.points:
+            if one.layer is not None:
+                found[one.layer].add(one.part.partition(".")[0])
+        kinds = {"attn": "attention", "mixer": self.mixer_kind}
+        return tuple("+".join(told for part, told in kinds.items() if part in parts) or "mlp" for parts in found)

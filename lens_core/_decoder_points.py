@@ -115,6 +115,7 @@ class _Block:
         self.norms = norms
         self.paths = {name: place.path.format(layer=layer) for name, place in norms.items()}
         self.has_mid = "mlp" in self.branches and len(self.branches) > 1 and not decoder.is_parallel
+        self.has_rotary = decoder.has_rotary(layer)
         self.point = partial(point, layer=layer)
 
     def norm(self, name: str) -> Iterator[HookPoint]:
@@ -125,58 +126,59 @@ class _Block:
     def points(self) -> Iterator[HookPoint]:
         """Give all points, in the order of computation."""
         yield self.point("hook_resid_pre", ModuleInput(path=self.hf))
+        places = projections(self.decoder.attn, self.cfg, self.attn)
+        if "mixer" in self.branches:
+            yield self.mixer_input()
+        if "attn" in self.branches:
+            yield from head_input_points(
+                self.attn, places, layer=self.layer, norm=self.norms.get("ln1"), has_rotary=self.has_rotary
+            )
+        if "mixer" in self.branches or "attn" in self.branches:
+            yield from self.norm("ln1")
         if "mixer" in self.branches:
             yield from self.mixer()
         if "attn" in self.branches:
-            yield from self.attention()
+            yield from self.attention(places)
         if self.has_mid:
             reader = self.paths.get("ln2", self.feed)
-            before = "mixer_out" if "attn" not in self.branches else "attn_out"
-            equation = f"resid_pre + {before}"
+            equation = self._sum("mixer", "attn")
             yield self.point("hook_resid_mid", ModuleInput(path=reader, reaches="all"), equation=equation)
         if "mlp" in self.branches:
             yield from self.feedforward()
-        yield self.point("hook_resid_post", ModuleOutput(path=self.hf), equation=self._sum())
+        yield self.point("hook_resid_post", ModuleOutput(path=self.hf), equation=self._sum("mixer", "attn", "mlp"))
 
-    def _sum(self) -> str:
-        writers = {"mixer": "mixer_out", "attn": "attn_out", "mlp": "mlp_out"}
-        return " + ".join(("resid_pre", *(told for branch, told in writers.items() if branch in self.branches)))
+    def _sum(self, *branches: str) -> str:
+        return " + ".join(("resid_pre", *(f"{branch}_out" for branch in branches if branch in self.branches)))
 
     # ------------------------------------------------------------------ attention
 
-    def attention(self) -> Iterator[HookPoint]:
-        """Give attention, from the copies that its heads read to what it adds."""
+    def attention(self, places: Mapping[str, Projection]) -> Iterator[HookPoint]:
+        """Give attention, from its projections to what it adds."""
         attn = self.decoder.attn
-        places = projections(attn, self.cfg, self.attn)
-        has_rotary = self.decoder.has_rotary(self.layer)
-        yield from head_input_points(
-            self.attn, places, layer=self.layer, norm=self.norms.get("ln1"), has_rotary=has_rotary
-        )
-        yield from self.norm("ln1")
         yield from projection_points(places, layer=self.layer, read="ln1" if "ln1" in self.norms else "resid_pre")
-        yield from self.queries_and_keys(places, has_rotary)
+        yield from self.queries_and_keys(places)
         yield from self.kernel(places)
         yield from self.added("ln1_post", "hook_attn_out", attn.added or attn.path)
 
-    def queries_and_keys(self, places: Mapping[str, Projection], has_rotary: bool) -> Iterator[HookPoint]:
+    def queries_and_keys(self, places: Mapping[str, Projection]) -> Iterator[HookPoint]:
         """Give queries and keys as normed and as rotated, in the order of the type."""
         own = self.decoder.attn.qk_norm
         is_after = own is not None and own.is_after_rotary
         if is_after:
-            yield from self.rotated(places, has_rotary)
+            yield from self.rotated()
         if own is not None:
             for part, path in (("q", own.q), ("k", own.k)):
                 heads = Columns(heads=places[part].columns.heads)
                 views: dict[str, Any] = {"heads": Whole(), "heads_first": HeadsFirst(), "whole": heads}
-                source = f"rot_{part}" if is_after and has_rotary else part
+                source = f"rot_{part}" if is_after and self.has_rotary else part
                 seam = ModuleOutput(path=f"{self.attn}.{path}", view=views[own.takes])
                 yield self.point(f"attn.hook_{part}_normed", seam, equation=f"{part}_norm({source})")
         if not is_after:
-            yield from self.rotated(places, has_rotary)
+            yield from self.rotated()
 
-    def rotated(self, places: Mapping[str, Projection], has_rotary: bool) -> Iterator[HookPoint]:
+    def rotated(self) -> Iterator[HookPoint]:
         """Give rotated queries and keys: what the norm after them reads, or what the kernel and the cache do."""
-        if not has_rotary:
+        if not self.has_rotary:
             return
         own = self.decoder.attn.qk_norm
         part: Any
@@ -228,13 +230,20 @@ class _Block:
             )
         yield self.point(name, seam)
 
-    def mixer(self) -> Iterator[HookPoint]:
-        """Give a mixer, from its copy of the stream to what it adds."""
+    def mixer_input(self) -> HookPoint:
+        """Give a mixer's copy of the stream; where attention reads the same norm, it is the mixer's alone."""
         mixer = self.decoder.mixer
         assert mixer is not None
-        reader = self.paths.get("ln1", f"{self.hf}.{mixer.path}")
-        yield self.point("hook_mixer_in", ModuleInput(path=reader, is_copy=True))
-        yield from self.norm("ln1")
+        path = f"{self.hf}.{mixer.path}"
+        seam: Seam = ModuleInput(path=self.paths.get("ln1", path), is_copy=True)
+        if "attn" in self.branches:
+            seam = BranchInput(norm=self.paths["ln1"], path=path)
+        return self.point("hook_mixer_in", seam)
+
+    def mixer(self) -> Iterator[HookPoint]:
+        """Give a mixer, from its projection to what it adds."""
+        mixer = self.decoder.mixer
+        assert mixer is not None
         yield from mixer.points(self.layer)
         yield from self.added("ln1_post", "hook_mixer_out", mixer.path)
 

@@ -219,7 +219,8 @@ def norm_at(cache: "ActivationCache", layer: int, *, mlp_input: bool) -> tuple[s
     norms = declaration_of(cache).norms
     if layer == cache.table.n_layers:
         return "ln_final", norms["ln_final"]
-    for name in ("ln2", "ln1") if mlp_input else ("ln1", "norm"):  # a parallel block's MLP may share attention's norm
+    # A parallel block's MLP may share attention's norm, and a block of an MLP alone has no other than ln2.
+    for name in ("ln2", "ln1") if mlp_input else ("ln1", "norm", "ln2"):
         if f"blocks.{layer}.{name}.hook_scale" in cache.table and name in norms:
             return f"blocks.{layer}.{name}", norms[name]
     raise CacheError(f"no norm reads the residual stream where it enters block {layer}; leave out apply_ln")

@@ -36,6 +36,10 @@ class Projection:
     """What that norm is given: `[batch, pos, heads, d_head]`, `[batch, heads, pos, d_head]`, or all heads flat."""
     norm_is_after_rotary: bool = False
     """Whether that norm follows the rotary embedding; it is then given `[batch, heads, pos, d_head]`."""
+    in_scale: float = 1.0
+    """A factor on what the projection is given, outside of any module."""
+    out_scale: float = 1.0
+    """A factor on what it gives, outside of any module."""
 
 
 @attrs.frozen(kw_only=True)
@@ -127,6 +131,7 @@ class HeadInput:
         groups = copies.tensor.shape[2] // (projection.columns.heads or 1)
         own = [head // groups for head in heads]
         values = self._projected(part, copies, heads, own, call)
+        values = values if projection.out_scale == 1 else values * projection.out_scale
         after = projection.norm if projection.norm_is_after_rotary else None
         if projection.norm is not None and after is None and projection.norm_takes != "whole":
             module, whole = call.run.module(projection.norm), projection.columns.read(call.result, call.run)
@@ -154,7 +159,9 @@ class HeadInput:
         normed = copies.tensor[:, :, heads]
         if self.norm is not None:
             normed = call.run.module(self.norm).forward(normed)  # not __call__: the norm's own hooks have fired
-        return _project_heads(call.module, normed, self.projections[part].columns, own)
+        projection = self.projections[part]
+        normed = normed if projection.in_scale == 1 else normed * projection.in_scale
+        return _project_heads(call.module, normed, projection.columns, own)
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -41,7 +41,10 @@ ATTENDED = ("keys", "values")
 """A layer's tensors `[batch, heads, pos, d_head]`, which HF replaces by longer ones and never writes into."""
 RECURRENT = ("conv_states", "recurrent_states")
 """A layer's tensors by their index, the batch first, which HF writes into."""
+_NOTHING: Any = getattr(cache_utils, "DummyLayer", DynamicLayer)
+"""What stands for a block that remembers nothing; older releases of transformers have no such kind."""
 COPYABLE = (
+    _NOTHING,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -90,7 +93,7 @@ def cached_length(cache: Any) -> int:
         return 0
     if has_attention(cache):
         return int(cache.get_seq_length())
-    if not any(any(layer.has_previous_state.values()) for layer in cache.layers):
+    if not any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers):
         return 0
     if cache not in _lengths:
         raise StateError(

@@ -268,6 +268,7 @@ class Hooked:
             self._table,
             base=self.declaration.base,
             blocks=self.declaration.blocks,
+            block_values=self.declaration.block_values,
             final=self.declaration.norms["ln_final"].path,
             sizes=self.declaration.cfg.sizes,
             contexts=self.hook_contexts,

@@ -91,7 +91,8 @@ def read_input(
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ArgumentError(f"attention_mask is a tensor of 0 and 1; got {type(attention_mask).__name__}")
     attention_mask = past.joined(attention_mask, batch=batch, n_pos=n_pos)
-    if attention_mask is not None or position_ids is not None:
+    needs_positions = model.declaration.restarts_positions and past.length > 0
+    if attention_mask is not None or position_ids is not None or needs_positions:
         attention_mask, position_ids = _read_mask(
             model, past, attention_mask, position_ids, batch=batch, total=total, n_pos=n_pos
         )
@@ -164,7 +165,8 @@ def _read_mask(
     """
     mask = torch.ones(batch, total, dtype=torch.long) if mask is None else mask
     mask = _tokens.check_mask(mask, batch=batch, length=total).to(model.input_device)
-    if bool(mask.all()) and position_ids is None:
+    restarts = model.declaration.restarts_positions and past.length > 0
+    if bool(mask.all()) and position_ids is None and not restarts:
         return None, None
     derives = model.declaration.has_absolute_positions or (past.derives_positions and takes_position_ids(model))
     if position_ids is None and derives:

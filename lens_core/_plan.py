@@ -73,6 +73,7 @@ class Run:
         *,
         base: str,
         blocks: str,
+        block_values: int | None = None,
         final: str,
         sizes: Mapping[str, int],
         contexts: dict[str, dict[str, Any]],
@@ -88,6 +89,7 @@ class Run:
         self.hf_model = hf_model
         self.table = table
         self.base, self.blocks, self.final = base, blocks, final
+        self.block_values = block_values
         self.sizes = sizes
         self.contexts = contexts
         self.added = tuple(added)

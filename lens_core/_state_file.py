@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from lens_core._arguments import checks_arguments
 from lens_core._hf_cache import ATTENDED, RECURRENT, new_cache, tensors_in
@@ -151,7 +152,7 @@ def _read(model: "LensModel", tensors: dict[str, Tensor], metadata: Mapping[str,
 
 def _problem(layer: Any, own: Mapping[str, Tensor], length: int, cfg: Any) -> str:
     """Tell what is wrong with a layer's tensors; empty if nothing is."""
-    names = set(ATTENDED) if hasattr(layer, "keys") else set[str]()
+    names = set(ATTENDED) if isinstance(layer, CacheLayerMixin) else set[str]()
     recurrent = {f"{name}.{index}" for name in RECURRENT for index in getattr(layer, name, ())}
     if not names <= own.keys() or not own.keys() <= names | recurrent or (recurrent and not own.keys() & recurrent):
         return f"holds {', '.join(sorted(own))[:80] or 'nothing'}, and HF's {type(layer).__name__} holds other tensors"

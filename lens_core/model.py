@@ -115,6 +115,16 @@ class LensModel(Pieces):
         """Dimensions and kinds, under TransformerLens' names; read-only."""
         return attrs.evolve(self.declaration.cfg, dtype=self.bare_model.dtype, device=self.input_device)
 
+    def layer_types(self) -> tuple[str, ...]:
+        """Say what each block is: `attention`, `mamba`, `mamba2`, two of them joined by `+`, or `mlp` alone.
+
+        Example:
+            >>> import lens_core as lens
+            >>> lens.load("toy:llama").layer_types()
+            ('attention', 'attention')
+        """
+        return self.declaration.layer_types()
+
     # ------------------------------------------------------------------ running
 
     @checks_arguments

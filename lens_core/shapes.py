@@ -21,6 +21,7 @@ AXES: Mapping[str, str] = {
     "d_state": "states of an SSM channel",
     "n_groups": "groups of an SSM mixer that share B and C",
     "dt_rank": "width of the projection that step sizes come from",
+    "ssm_heads": "heads of an SSM mixer beside attention, which has `n_heads`",
     "head_dim": "width of one SSM head",
     "n_experts": "experts of a mixture",
     "k": "experts chosen for a token",

@@ -82,7 +82,7 @@ def stop_gradients(
         block, mixer = f"blocks.{layer}.", f"blocks.{layer}.mixer.hook_"
         stopped = [mixer + part for part in parts if part not in ("scale", "activation")]
         if "scale" in parts:
-            scales = (f"{block}norm.hook_scale", f"{block}mixer.inner_norm.hook_scale")
+            scales = tuple(f"{block}{norm}.hook_scale" for norm in ("norm", "ln1", "mixer.inner_norm"))
             stopped += [name for name in scales if name in model.table]
         entries += [(name, edits.detach()) for name in stopped]
         if "activation" in parts:
@@ -109,7 +109,7 @@ def frozen_share(after: Tensor, before: Tensor) -> Tensor:
 def activation_of(model: "LensModel") -> Callable[[Tensor], Tensor]:
     """Give the activation function after a mixer's convolution, by HF's name of it."""
     known: Any = ACT2FN
-    return known[model.cfg.act_fn]
+    return known[model.cfg.ssm_act_fn or model.cfg.act_fn]
 
 
 def activated(after: Tensor, before: Tensor, act: Callable[[Tensor], Tensor]) -> Bool[Tensor, "..."]:

@@ -149,7 +149,8 @@ def mixer_tokens(
         _off(read[:, upto], x[:, upto]),
         _gated_off(cache, layer, target, hidden.sum(1) + constant),
     )
-    out, bias = weight("W_out_proj"), weight("b_out_proj")
+    factor = model.declaration.factor_of("hook_mixer_out")
+    out, bias = weight("W_out_proj") * factor, weight("b_out_proj") * factor
     if project_output_onto is None:
         values, constant = hidden @ out, constant @ out + bias
     else:

@@ -16,9 +16,9 @@ GROUP = "lens_conformance.families"
 
 def known_families() -> dict[str, Family]:
     """Give every known family by model type; a distribution's own goes before the kit's."""
-    from lens_conformance.families import gpt2, kin, llama, mamba
+    from lens_conformance.families import gpt2, hybrid, kin, llama, mamba
 
-    found = {family.model_type: family for module in (gpt2, llama, kin, mamba) for family in module.FAMILIES}
+    found = {family.model_type: family for module in (gpt2, llama, kin, mamba, hybrid) for family in module.FAMILIES}
     for point in entry_points(group=GROUP):
         try:
             given = point.load()

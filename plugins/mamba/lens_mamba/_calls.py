@@ -23,13 +23,24 @@ def read_call(call: CallInput, *, has_bias: bool) -> Tensor | None:
     Raises:
         InputError: HF would compute this call wrongly.
     """
+    check_call(call, has_bias=has_bias)
+    mask = None if call.mask is None else call.mask[:, -call.n_pos :]
+    return None if mask is None or bool(mask.bool().all()) else mask
+
+
+def check_call(call: CallInput, *, has_bias: bool) -> None:
+    """See that HF's Mamba mixers compute one call right.
+
+    Raises:
+        InputError: HF would compute this call wrongly.
+    """
     if call.past and call.n_pos > 1:
         raise InputError(
             f"HF's Mamba starts its scan from zero when {call.n_pos} positions continue a cache of {call.past}: give "
             "one position at a time, or the whole sequence without a cache"
         )
     if call.mask is None:
-        return None
+        return
     mask: Any = call.mask[:, -call.n_pos :].bool()
     if not bool(mask.all()) and has_bias:
         raise InputError(
@@ -41,4 +52,3 @@ def read_call(call: CallInput, *, has_bias: bool) -> Tensor | None:
             "padding on the right changes the state that HF's cache goes on from: pad on the left, or run without "
             "a cache"
         )
-    return None if bool(mask.all()) else call.mask[:, -call.n_pos :]

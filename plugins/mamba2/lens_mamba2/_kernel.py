@@ -14,7 +14,7 @@ an edit changes the low bits of its whole layer. Does not: know about fused kern
 HF's names, and asks nothing of it but HF's arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,16 +51,20 @@ NO_LIMIT = (0.0, float("inf"))
 
 def in_projection(call: MixerCall, module: ModuleCall) -> None:
     """After in_proj: `[z | xBC | dt]`."""
-    width, mixer, own = module.result.shape[-1], call.module, module.result
-    inner = mixer.intermediate_size
-    views = {
-        "in_proj": Columns(start=0, stop=width),
-        "gate": Columns(start=0, stop=inner),
-        "conv_in": Columns(start=inner, stop=inner + mixer.conv_dim),
-    }
-    result = call.passed_columns(own, views)
+    own = module.result
+    result = call.passed_columns(own, in_columns(call.module))
     if result is not own:
         module.result = result
+
+
+def in_columns(mixer: Any) -> Mapping[str, Columns]:
+    """Say where the parts of in_proj are."""
+    inner, conv = mixer.intermediate_size, mixer.conv_dim
+    return {
+        "in_proj": Columns(start=0, stop=inner + conv + mixer.num_heads),
+        "gate": Columns(start=0, stop=inner),
+        "conv_in": Columns(start=inner, stop=inner + conv),
+    }
 
 
 def gated_norm(call: MixerCall, module: ModuleCall) -> None:
@@ -281,10 +285,11 @@ def scan_step(
     if not call.watched(*SCAN):
         return own()
     low, high = call.module.time_step_limit
-    if (low, high) != NO_LIMIT:
+    step = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dt.dtype))
+    if bool(((step < low) | (step > high)).any()):
         raise UnsupportedHookError(
-            f"HF's Mamba-2 ignores time_step_limit={(low, high)} when it decodes, so nothing inside its scan is true; "
-            "run the whole sequence without a cache"
+            f"HF's Mamba-2 ignores the limits {(low, high)} of the step size when it decodes, and here one is beyond "
+            "them, so nothing inside this scan is true; run the whole sequence without a cache"
         )
     dual = Dual(
         x=x[:, None],

@@ -127,8 +127,8 @@ def test_a_mistake_is_found_by_name(plugin, tmp_path, monkeypatch):
     shutil.copytree(plugin / PACKAGE, tmp_path / PACKAGE)
     module = tmp_path / PACKAGE / "_architecture.py"
     right = module.read_text()
-    swapped = right.replace('"post_attention_layernorm"', "X").replace('"input_layernorm"', '"post_attention_layernorm"')
-    swapped = swapped.replace("X", '"input_layernorm"')
+    swapped = right.replace("post_attention_layernorm", "X").replace("input_layernorm", "post_attention_layernorm")
+    swapped = swapped.replace("X", "input_layernorm")
     assert swapped != right
     module.write_text(swapped)
     monkeypatch.syspath_prepend(tmp_path)

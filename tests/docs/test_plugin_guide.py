@@ -1,4 +1,4 @@
-"""The guide to plugins: its shortest plugin passes the kit, its numbers are counted, and its failing reports are real."""
+"""The guide to plugins: its shortest plugin passes the kit, its numbers are counted, its failing reports are real."""
 
 import ast
 import importlib

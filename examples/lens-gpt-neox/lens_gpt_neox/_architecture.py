@@ -1,7 +1,7 @@
 """GPT-NeoX as a description of a decoder: how HF's `GPTNeoXForCausalLM` differs from Llama.
 
-Source: transformers `models/gpt_neox/modeling_gpt_neox.py`. Glossary: `query_key_value` gives q, k and v of one head after
-the other; `dense` is W_O, `dense_h_to_4h` W_in, `dense_4h_to_h` W_out; dropouts end both branches; with
+Source: transformers `models/gpt_neox/modeling_gpt_neox.py`. Glossary: `query_key_value` gives q, k and v of one head
+after the other; `dense` is W_O, `dense_h_to_4h` W_in, `dense_4h_to_h` W_out; dropouts end both branches; with
 `use_parallel_residual` both branches read the stream, each through its own norm.
 """
 

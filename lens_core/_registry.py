@@ -31,6 +31,7 @@ _LLAMA_KIN = (
 # Only to name what to install; a plugin serves whatever its own descriptor says.
 _KNOWN_PACKAGES = {
     "falcon_mamba": "lens-mamba",
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h"), "lens-hybrid"),
     "gpt2": "lens-gpt2",
     "mamba": "lens-mamba",
     "mamba2": "lens-mamba2",

@@ -183,7 +183,7 @@ def _attribution(
 
 
 def _has_heads(cache: "ActivationCache", layer: int) -> bool:
-    return "n_heads" in cache.table[f"blocks.{layer}.mixer.hook_delta"].shape.split()
+    return "d_inner" not in cache.table[f"blocks.{layer}.mixer.hook_delta"].shape.split()
 
 
 def _units(cache: "ActivationCache", layer: int) -> int:

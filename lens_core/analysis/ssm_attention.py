@@ -89,7 +89,8 @@ def effective_attention(
     Args:
         cache: The cache; it holds `mixer.hook_delta`, `hook_B` and `hook_C` of the layer (default names) for all
             positions from the first on.
-        layer: The layer; negative counts from the end.
+        layer: The layer; negative counts from the end. In a hybrid, one with a mixer: attention's own pattern is at
+            `attn.hook_pattern`.
         target: Positions along the cached axis whose outputs are explained: an int drops the axis, None takes all.
         source: Positions whose inputs are looked at, likewise.
         heads: Channels (Mamba-1) or heads (Mamba-2), likewise.
@@ -125,7 +126,7 @@ def effective_attention(
     rebuilt = _Rebuilt()
     can_rebuild = with_delta and source is None and None not in (scan.x, scan.output if skip else scan.y)
     values = _streamed(scan, heads, wanted, rebuilt.see if can_rebuild else None)
-    per = "head" if "n_heads" in cache.table[f"blocks.{layer}.mixer.hook_delta"].shape.split() else "channel"
+    per = "channel" if "d_inner" in cache.table[f"blocks.{layer}.mixer.hook_delta"].shape.split() else "head"
     dropped = {
         "batch": not cache.has_batch_dim,
         per: reduce is not None or isinstance(heads, int),

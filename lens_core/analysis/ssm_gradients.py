@@ -54,7 +54,8 @@ def stop_gradients(
         model: The model.
         parts: Which; see the module's table. All of them make each mixer linear in its input, and, with the norms'
             scales held still, the logits linear in the embeddings.
-        layers: An int or several; None for all that have an SSM mixer. The final norm's scale is held still with
+        layers: An int or several; None for all that have an SSM mixer: in a hybrid, attention and MLPs stay as they
+            are, and the logits are not linear. The final norm's scale is held still with
             `"scale"` whatever the layers.
 
     Returns:

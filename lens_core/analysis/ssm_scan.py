@@ -197,9 +197,15 @@ def read_layers(table: Any, layers: Any) -> list[int]:
         if not -table.n_layers <= layer < table.n_layers:
             raise ArgumentError(f"a layer is an int from 0 to {table.n_layers - 1}; got {layer!r}")
         if layer % table.n_layers not in found:
-            raise ArgumentError(f"block {layer} has no SSM mixer; blocks {found} have")
+            raise ArgumentError(f"block {layer} is {_other(table, layer % table.n_layers)}; blocks {found} have one")
         resolved.append(layer % table.n_layers)
     return resolved
+
+
+def _other(table: Any, layer: int) -> str:
+    """Say what a block is that has no mixer."""
+    kind = "attention" if f"blocks.{layer}.hook_attn_out" in table else "an MLP alone"
+    return f"{kind} and has no SSM mixer"
 
 
 @checks_arguments

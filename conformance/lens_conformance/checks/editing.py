@@ -38,7 +38,9 @@ def _edit(case: Case, one: Pair, name: str, n_pos: int, *, is_padded: bool) -> t
     """Choose an edit of a name: as the golden forward takes it, and as lens does."""
     edit: Any = case.family.edit_at(name, causal=is_padded)  # what a query gives to later keys, padding may not have
     axes = one.model.table[name].shape.split() if name in one.model.table else []
-    heads = next((axis for axis, of in enumerate(axes) if of in ("n_heads", "n_kv_heads", "n_groups")), None)
+    heads = next(
+        (axis for axis, of in enumerate(axes) if of in ("n_heads", "n_kv_heads", "n_groups", "ssm_heads")), None
+    )
     if heads is not None and case.flag("one head"):
         edit = only_head(edit, 0, heads)
     has_positions = case.family.pos_axis(name) is not None and not case.family.per_position(name)

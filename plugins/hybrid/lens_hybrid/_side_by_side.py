@@ -1,10 +1,10 @@
 """Branches of one block that HF scales and adds to each other, and then to the residual stream."""
 
 from collections.abc import Hashable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import attrs
-from torch import Tensor
 
 from lens_core.plugin import ModuleCall, ModuleStep, Run, Watch
 
@@ -56,5 +56,4 @@ class SideBySide:
         scratch = call.run.now.scratch
         stream, added, is_changed = (scratch.pop((self.group, name)) for name in ("stream", "added", "is changed"))
         if is_changed:
-            whole: Tensor = sum(added[1:], start=added[0])
-            call.input.copy_(stream + whole)
+            call.input.copy_(stream + reduce(add, added))

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lens_conformance.families import kin
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # 4 query heads, 2 key and value heads, 3 layers, 29 tokens, 37 neurons, window 3. Experts have 24 or 40 neurons: what
@@ -126,14 +127,30 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Test id to HF's model type and what its config holds beside SIZES."""
+GROUPS = {"n_group": 3, "topk_group": 2, "n_routed_experts": 6, "num_local_experts": 6}
+BESIDE: dict[str, dict[str, Any]] = {
+    "ministral3": WIDE_HEADS,
+    "persimmon": {"num_key_value_heads": 4},
+    "phi": {"qk_layernorm": True},
+    "cohere": {"use_qk_norm": True},
+    "hyperclovax": {"use_post_norm": True},
+    "hunyuan_v1_dense": _rope("dynamic", alpha=3.0, factor=1.0),
+    "glm4_moe": {**GROUPS, "use_qk_norm": True},
+    "exaone_moe": {"n_group": 3, "topk_group": 2, "num_experts": 6},
+    "granitemoeshared": {"shared_intermediate_size": 24},
+}
+KIN = {key: (key, {**config, **BESIDE.get(key, {})}) for key, (config, _) in kin.TYPES.items()}
+KIN["bitnet"] = ("bitnet", {})
+"""The kit's further types, each once."""
+VARIANTS |= KIN
 
 
 def tiny_llama(variant: str = "llama", *, attn: str = "sdpa", seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Build a model in eval mode, in torch's default dtype, whose every parameter has noise.
 
     Weights are drawn large enough that attention is far from uniform and every edit moves the logits well above
-    rounding; gains of norms stay around where their type starts them. Experts of a float64 model run HF's eager way,
-    the only one that takes float64.
+    rounding; gains of norms stay around where their type starts them, corrections of routers are no longer zero.
+    Experts of a float64 model run HF's eager way, the only one that takes float64.
     """
     model_type, own = VARIANTS[variant]
     config = AutoConfig.for_model(model_type, **{**SIZES, **own, **overrides})
@@ -149,4 +166,7 @@ def tiny_llama(variant: str = "llama", *, attn: str = "sdpa", seed: int = 0, **o
                     parameter.add_(noise * 0.2)  # gains and biases
                 else:
                     parameter.copy_(noise * 0.3)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer.copy_(torch.randn_like(buffer) * 0.3)
     return model.eval()

@@ -225,13 +225,17 @@ def _missing_package(folder: str, error: ImportError, remedy: str = "") -> LoadE
 def check_config(config: Any, architecture: Architecture, *, strict: bool) -> None:
     """Refuse fields of HF's config class that the architecture neither handles nor may ignore, at other values.
 
-    Keys that HF does not know, which finetunes carry, are ignored with one notice.
+    A model that also takes images has a config of its text stack inside, which is held to the same. Keys that HF does
+    not know, which finetunes carry, are ignored with one notice.
 
     Raises:
         UnsupportedConfigError: Such a field, unless `strict=False`.
     """
     from transformers import PreTrainedConfig
 
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        check_config(text, architecture, strict=strict)
     default: Any = type(config)()
     fields = _fields(default)
     known = (fields - _fields(PreTrainedConfig())) | ({"tie_word_embeddings"} & fields)

@@ -6,8 +6,9 @@ those of `families.llama`.
 
 from typing import Any
 
-from lens_conformance.families.llama import GROUPS, ROPES, TIED, WIDTHS, judged, rope
+from lens_conformance.families.llama import GROUPS, ROPES, SIZES, TIED, WIDTHS, edit_at, judged, rope
 from lens_conformance.family import Family
+from lens_conformance.golden import llama
 
 __all__ = ["FAMILIES"]
 
@@ -135,6 +136,41 @@ BIOGPT = Family(
     },
     axes={**TIED, "hidden_act": ("gelu", "relu"), "scale_embedding": (True, False), "layer_norm_eps": (1e-12, 1e-3)},
 )
+
+
+def _of_text(state_dict: Any, config: Any, *args: Any, **options: Any) -> Any:
+    """Run the golden forward on the text stack of a model that also takes images."""
+    own = {name.replace("model.language_model.", "model."): weight for name, weight in state_dict.items()}
+    return llama.golden(own, config.text_config, *args, **options)
+
+
+GEMMA3 = Family(
+    model_type="gemma3",
+    config={
+        "text_config": {
+            **{name: value for name, value in SIZES.items() if name != "tie_word_embeddings"},
+            **MIXED,
+            **BY_KIND,
+            "query_pre_attn_scalar": 7,
+            "head_dim": 10,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 20,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_id": 28,
+        "tie_word_embeddings": False,
+    },
+    golden=_of_text,
+    names=lambda config: llama.names(config.text_config),
+    edit_at=edit_at,
+    apart=lambda name: name.endswith(llama.COPIES),
+)
 DROPOUT = {"phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2}, "ernie4_5": {}, "ernie4_5_moe": {}}
 
 
@@ -143,4 +179,4 @@ def family(model_type: str) -> Family:
     return judged(model_type, *TYPES[model_type], dropout=DROPOUT.get(model_type, {"attention_dropout": 0.2}))
 
 
-FAMILIES = [*(family(model_type) for model_type in TYPES), BIGCODE, OPT, BIOGPT]
+FAMILIES = [*(family(model_type) for model_type in TYPES), BIGCODE, OPT, BIOGPT, GEMMA3]

@@ -44,6 +44,8 @@ _SPARSE = (
 )
 _IGNORED = ("initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef")
 
+_IMAGES = ("mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_index", "eoi_token_index")
+
 # model type -> what people call it, and the fields of its own that are handled
 _DENSE: dict[str, tuple[str, tuple[str, ...]]] = {
     "llama": ("Llama", ()),
@@ -64,6 +66,7 @@ _DENSE: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemma": ("Gemma", ()),
     "gemma2": ("Gemma 2", ()),
     "gemma3_text": ("Gemma 3", ()),
+    "gemma3": ("Gemma 3, with images", ("text_config", "vision_config", *_IMAGES)),
     "vaultgemma": ("VaultGemma", ()),
     "glm": ("GLM-4", ()),
     "glm4": ("GLM-4-0414", ()),

@@ -55,6 +55,11 @@ def granite(config: Any, **fields: Any) -> Decoder:
     return Decoder(**scaled, branch_scale=config.residual_multiplier, logit_divisor=config.logits_scaling, **fields)
 
 
+def _gemma3(config: Any, **fields: Any) -> Decoder:
+    cap = config.final_logit_softcapping
+    return GEMMA(**SANDWICH, logit_cap=cap, attn=Attn(qk_norm=HEADS_FIRST), **fields)
+
+
 def _smollm3(config: Any) -> Decoder:
     return Decoder(attn=Attn(rotary=tuple(layer for layer, has in enumerate(config.no_rope_layers) if has)))
 
@@ -155,8 +160,12 @@ DENSE: Mapping[str, Callable[[Any], Decoder]] = {
     ),
     "gemma": lambda config: GEMMA(),
     "gemma2": lambda config: GEMMA(**SANDWICH, logit_cap=config.final_logit_softcapping),
-    "gemma3_text": lambda config: GEMMA(
-        **SANDWICH, logit_cap=config.final_logit_softcapping, attn=Attn(qk_norm=HEADS_FIRST)
+    "gemma3_text": _gemma3,
+    "gemma3": partial(
+        _gemma3,
+        layers="language_model.layers",
+        embed="language_model.embed_tokens",
+        final_norm="language_model.norm",
     ),
     "vaultgemma": lambda config: GEMMA(ln2="pre_feedforward_layernorm", logit_cap=config.final_logit_softcapping),
     "glm": lambda config: Decoder(mlp=FUSED),

@@ -1,13 +1,22 @@
 """The inside of one attention module: where q, k and v come from, what norms them, and whether they are rotated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attrs
+import torch
 from torch import Tensor
 
 from lens_conformance.doctor.trace import Call, Kernel, Trace, Unfit, coefficients, same
 
-__all__ = ["Attention", "read_attention"]
+__all__ = ["Attention", "linear_calls", "read_attention"]
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softplus": torch.nn.functional.softplus,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -178,18 +187,28 @@ class _Reader:
             if same(call.inputs[0].reshape(*self.own_shape, -1), z):
                 return self.name(call)
         if after:
-            last = after[-1]
-            beside = [self.name(c) for c in self.inside if c is not last and c.path not in self._known()]
-            told = f"; beside q, k and v it has {', '.join(dict.fromkeys(beside))}" if beside else ""
-            raise Unfit(
-                f"{last.path} does not read the kernel's output: a gate or a norm stands between (hook_z){told}"
-            )
+            told = self._between(z, after[-1].inputs[0].reshape(*self.own_shape, -1))
+            raise Unfit(f"{after[-1].path} does not read the kernel's output: {told} stands between (hook_z)")
         raise Unfit(f"{self.path} has no output projection after the kernel")
 
-    def _known(self) -> set[str]:
-        sizes = {self.kernel.q.shape[1] * self.kernel.q.shape[3], self.kernel.k.shape[1] * self.kernel.k.shape[3]}
-        return {call.path for call in self.linear if call.end < self.kernel.at and call.name[:1] in "qkv"
-                and call.outputs[0].shape[-1] in sizes}  # fmt: skip
+    def _between(self, z: Tensor, read: Tensor) -> str:
+        """Say what makes the output projection's input of the kernel's output."""
+        for call in self.inside:
+            given, made = (_flat(one[0], z) if one else None for one in (call.inputs, call.outputs))
+            if same(given, z) and same(made, read):
+                return f"the module {self.name(call)}"
+        width = self.kernel.q.shape[3]
+        for call in self.linear:
+            gate = call.outputs[0].reshape(*self.own_shape, -1)
+            gate = gate.repeat_interleave(width, -1) if gate.shape[-1] * width == z.shape[-1] else gate
+            for name, make in _GATES.items():
+                if gate.shape == z.shape and coefficients(read, [z * make(gate)]) is not None:
+                    return f"a gate, z * {name}({self.name(call)}),"
+        return "something else"
+
+
+def _flat(x: Tensor, like: Tensor) -> Tensor | None:
+    return x.reshape(like.shape) if x.numel() == like.numel() else None
 
 
 def _is_linear(call: Call) -> bool:

@@ -23,7 +23,7 @@ from lens_core._registry import active_registry
 from lens_core.errors import ArgumentError, UnknownModelTypeError
 from lens_core.testing import isolated_registry
 
-__all__ = ["Diagnosis", "examine", "served"]
+__all__ = ["Diagnosis", "examine", "installed", "served", "written"]
 
 _USUALLY = {
     "runs": "the description does not fit the module tree, or a place is never reached",
@@ -84,6 +84,8 @@ class Diagnosis:
         if self.proposal.unfit:
             yield f"{self.model_type}: no Decoder describes it."
             yield from (f"  - {told}" for told in self.proposal.unfit)
+            yield from (f"    ({told})" for told in self.proposal.remarks)
+            yield "A plugin gives such a place hook points of its own (Decoder.own), or seams: see docs/plugins.md."
             return
         assert self.report is not None
         assert self.skeleton is not None
@@ -157,19 +159,24 @@ def examine(
         return Diagnosis(model_type=kind, subject=subject, proposal=proposal)
     begin("turning the config's flags")
     fields = try_fields(subject, proposal)
-    skeleton = Skeleton(
-        model_type=kind,
-        proposal=proposal,
-        handled=fields.handled,
-        config=subject.fields,
-        axes=fields.axes,
-        dropout=dropouts(subject) if proposal.in_training else {},
-    )
+    skeleton = written(subject, proposal, fields)
     with installed(skeleton) as family:
         report = run(family, level=level, progress=begin)
     forget_pairs()
     return Diagnosis(
         model_type=kind, subject=subject, proposal=proposal, fields=fields, skeleton=skeleton, report=report
+    )
+
+
+def written(subject: Subject, proposal: Proposal, fields: Fields) -> Skeleton:
+    """Put a proposal into words."""
+    return Skeleton(
+        model_type=subject.model_type,
+        proposal=proposal,
+        handled=fields.handled,
+        config=subject.fields,
+        axes=fields.axes,
+        dropout=dropouts(subject) if proposal.in_training else {},
     )
 
 

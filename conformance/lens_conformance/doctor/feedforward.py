@@ -125,14 +125,10 @@ def _sparse(path: str, inside: list[Call], experts: Call) -> Sparse:
         raise Unfit(f"{experts.path} is not called with (hidden, indices, weights)")
     router = routers[-1]
     stacked = next(p for p in experts.module.parameters(recurse=False) if p.ndim == 3)
-    weight = getattr(router.module, "weight", None)
-    inner = ""
-    if not isinstance(weight, Tensor):
-        linear = [name for name, module in router.module.named_modules() if isinstance(module, torch.nn.Linear)]
-        inner = linear[0] if linear else ""
+    linear = [name for name, module in router.module.named_modules() if isinstance(module, torch.nn.Linear)]
     return Sparse(
         router=router.path.removeprefix(f"{path}."),
-        router_linear=inner,
+        router_linear=linear[0] if linear else None,
         experts=experts.path.removeprefix(f"{path}."),
         n_experts=stacked.shape[0],
         per_token=router.outputs[2].shape[-1],

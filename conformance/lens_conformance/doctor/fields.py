@@ -47,7 +47,8 @@ def try_fields(subject: Subject, proposal: Proposal) -> Fields:
                 changing[name] = f"{not value}: {_difference(proposal, other)}"
         elif name in subject.fields or name in named or _OF_MODULES.search(name):
             handled.append(name)
-    return Fields(handled=tuple(handled), axes=axes | _axes(subject, proposal), changing=changing)
+    handled += [config.attribute_map[name] for name in handled if name in config.attribute_map]  # as it is kept
+    return Fields(handled=tuple(dict.fromkeys(handled)), axes=axes | _axes(subject, proposal), changing=changing)
 
 
 def _at(subject: Subject, name: str, value: Any) -> Proposal | None:

@@ -89,7 +89,8 @@ class Skeleton:
         capabilities.append(f"    Capability.GRADIENT_CHECKPOINTING: {told},")
         told = '(Support.PARTIAL, "a compiled model runs eagerly while it is hooked")'
         capabilities.append(f"    Capability.TORCH_COMPILE: {told},")
-        handled = textwrap.fill(", ".join(f'"{name}"' for name in self.handled), 100).replace("\n", "\n    ")
+        rows = [row.rstrip(",") for row in textwrap.wrap(", ".join(f'"{name}"' for name in self.handled), 100)]
+        handled = "\n".join(f"    *({row}{'' if ',' in row else ','})," for row in rows)
         listed = "\n".join(capabilities)
         return _DESCRIPTOR.format(
             title=self.title,
@@ -220,7 +221,7 @@ _CAPABILITIES = dict.fromkeys(Capability, Support.FULL) | {{
 # Fields of HF's config class for which the declaration is right whatever their values. A model that has another field
 # at another value than the default refuses to load.
 _HANDLED = (
-    {handled},
+{handled}
 )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -70,7 +70,7 @@ def propose(subject: Subject, **overrides: Any) -> Proposal:
             return Proposal(unfit=(str(unfit),))
         _read_blocks(found, ends)
         if found.unfit:
-            return Proposal(unfit=tuple(found.unfit), remarks=tuple(found.remarks))
+            return Proposal(unfit=tuple(found.unfit), remarks=tuple(_what_holds(found)))
         try:
             return _Writer(found, ends).proposal()
         except Unfit as unfit:
@@ -110,6 +110,16 @@ def _read_blocks(found: _Found, ends: Ends) -> None:
             found.feed.append(read_feedforward(mlp, found.wide, path, _first(config, _ACT)))
         except Unfit as unfit:
             found.note(unfit)
+
+
+def _what_holds(found: _Found) -> Iterator[str]:
+    """Say of the first block what was found, where something else does not fit."""
+    for block in found.blocks[:1]:
+        kind = "resid_pre + attn_out + mlp_out" if block.is_parallel else "(resid_pre + attn_out) + mlp_out"
+        yield f"what holds: resid_post = {kind}; attention is {block.attn}, the MLP {block.mlp or 'in the block'}"
+        norms = {name: getattr(block, name) for name in ("ln1", "ln1_post", "ln2", "ln2_post")}
+        told = ", ".join(f"{name} {path}" for name, path in norms.items() if path is not None)
+        yield f"norms: {told or 'none'}"
 
 
 class _Writer:

@@ -232,7 +232,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
         if told == "num_hidden_layers":
             continue
         if told in SIZES:
-            if value is not None or "experts_per" in told:
+            if value is not None or told.endswith("experts") or "experts_per" in told:
                 found[name] = SIZES[told]
         elif isinstance(value, int) and not isinstance(value, bool):
             new = _small(told, value, hidden, spares)

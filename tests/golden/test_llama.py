@@ -161,6 +161,49 @@ TORCH_EDITS = {
     "starcoder2": COMMON | BEFORE | SPLIT | {"blocks.1.mlp.hook_pre": (L1 + "mlp.act", A)},
     "mixtral": COMMON | BEFORE | SPLIT | EXPERTS,
     "qwen3_moe": COMMON | BEFORE | SPLIT | HEAD_NORMS | EXPERTS,
+    "qwen2_moe": COMMON | BEFORE | SPLIT | EXPERTS,
+    "glm4": COMMON
+    | BEFORE
+    | SPLIT
+    | {
+        "blocks.1.hook_attn_out": (L1 + "post_self_attn_layernorm", B),
+        "blocks.1.hook_mlp_out": (L1 + "post_mlp_layernorm", B),
+    },
+    "phi": COMMON
+    | SPLIT
+    | {
+        "blocks.1.ln1.hook_out": (L1 + "input_layernorm", B),
+        "blocks.1.attn.hook_out": (L1 + "self_attn.dense", B),
+        "blocks.1.mlp.hook_pre": (L1 + "mlp.fc1", B),
+        "blocks.1.mlp.hook_post": (L1 + "mlp.fc2", A),
+        "ln_final.hook_out": ("model.final_layernorm", B),
+    },
+    "apertus": COMMON
+    | {"blocks.1.mlp.hook_pre": (L1 + "mlp.up_proj", B), "blocks.1.mlp.hook_post": (L1 + "mlp.down_proj", A)},
+    "bitnet": COMMON
+    | GATED
+    | BEFORE
+    | SPLIT
+    | {
+        "blocks.1.attn.hook_z": (L1 + "self_attn.attn_sub_norm", A),
+        "blocks.1.mlp.hook_post": (L1 + "mlp.ffn_sub_norm", A),
+    },
+    "hunyuan_v1_dense": COMMON
+    | GATED
+    | SPLIT
+    | {
+        "blocks.1.attn.hook_rot_q": (L1 + "self_attn.query_layernorm", A),
+        "blocks.1.attn.hook_rot_k": (L1 + "self_attn.key_layernorm", A),
+        "blocks.1.attn.hook_q_normed": (L1 + "self_attn.query_layernorm", B),
+        "blocks.1.attn.hook_k_normed": (L1 + "self_attn.key_layernorm", B),
+    },
+    "gpt_oss": COMMON
+    | BEFORE
+    | SPLIT
+    | {
+        "blocks.1.mlp.hook_expert_weights": (L1 + "mlp.router", lambda change: output_of(change, 1)),
+        "blocks.1.mlp.hook_expert_indices": (L1 + "mlp.router", lambda change: output_of(change, 2)),
+    },
 }
 
 

@@ -8,21 +8,22 @@ from lens_mamba import mixer as mamba
 from lens_mamba2 import mixer as mamba2
 from torch import Tensor
 
+from lens_core.errors import InputError
 from lens_core.plugin import RMS_NORM, CallInput, Mixer, MixerKernel
 
 __all__ = ["Sizes", "dual", "selective"]
 
+BLOCK = "model.layers.{layer}"
 Sizes = Mapping[str, int]
 
 
-def selective(config: Any, path: str, layers: Collection[int], block: str = "model.layers.{layer}") -> dict[str, Any]:
+def selective(config: Any, path: str, layers: Collection[int]) -> dict[str, Any]:
     """Give the fields of a `Decoder` that Mamba mixers with normed dt, B and C fill in.
 
     Args:
         config: HF's, with its fields `mamba_*`.
         path: The mixer, below the block.
-        layers: The blocks that have one.
-        block: The block.
+        layers: The blocks that have one; the others have attention.
     """
     own = {
         "d_inner": config.mamba_expand * config.hidden_size,
@@ -31,6 +32,7 @@ def selective(config: Any, path: str, layers: Collection[int], block: str = "mod
     }
 
     def read_call(call: CallInput) -> Tensor | None:
+        _check_attention(call, is_there=len(layers) < config.num_hidden_layers)
         mamba.check_call(call, has_bias=config.mamba_proj_bias)
         return call.mask
 
@@ -38,11 +40,11 @@ def selective(config: Any, path: str, layers: Collection[int], block: str = "mod
         "mixer": Mixer(
             path=path,
             kind="mamba",
-            points=partial(mamba.mixer_points, path=f"{block}.{path}", norm=RMS_NORM, **own),
-            weights=tuple(mamba.mixer_weights(f"{block}.{path}", layers=tuple(layers), has_norms=True)),
+            points=partial(mamba.mixer_points, path=f"{BLOCK}.{path}", norm=RMS_NORM, **own),
+            weights=tuple(mamba.mixer_weights(f"{BLOCK}.{path}", layers=tuple(layers), has_norms=True)),
         ),
         "sizes": {**own, "d_conv": config.mamba_d_conv},
-        "read_call": read_call,
+        "read_call": read_call if layers else None,
     }
 
 
@@ -54,9 +56,9 @@ def dual(
     sizes: Sizes | None = None,
     has_bias: bool,
     limit: tuple[float, float],
+    has_attention: bool = True,
     norm: Literal["after", "before", "none"] = "after",
     kernel: MixerKernel = mamba2.KERNEL,
-    block: str = "model.layers.{layer}",
 ) -> dict[str, Any]:
     """Give the fields of a `Decoder` that Mamba-2 mixers fill in.
 
@@ -67,9 +69,9 @@ def dual(
         sizes: `ssm_heads`, `head_dim`, `n_groups`, `d_state`, `d_conv` and `chunk_size`; None for the fields `mamba_*`.
         has_bias: Whether in_proj has a bias.
         limit: Of the step size.
+        has_attention: Whether any block has attention, or HF needs none to go on from a cache.
         norm: Whether a norm of groups comes after the gate, before it, or not at all.
         kernel: What serves the places.
-        block: The block.
     """
     sizes = sizes or {
         "ssm_heads": config.mamba_n_heads,
@@ -80,9 +82,10 @@ def dual(
         "chunk_size": config.mamba_chunk_size,
     }
     shape = {name: sizes[name] for name in ("head_dim", "n_groups", "d_state")}
-    whole, layers = f"{block}.{path}", tuple(layers)
+    whole, layers = f"{BLOCK}.{path}", tuple(layers)
 
     def read_call(call: CallInput) -> Tensor | None:
+        _check_attention(call, is_there=has_attention)
         mamba2.check_call(call, has_bias=has_bias, limit=limit)
         return call.mask
 
@@ -103,5 +106,13 @@ def dual(
             weights=tuple(mamba2.mixer_weights(whole, layers=layers, has_norm=norm != "none")),
         ),
         "sizes": {**sizes, "d_inner": sizes["ssm_heads"] * sizes["head_dim"]},
-        "read_call": read_call,
+        "read_call": read_call if layers else None,
     }
+
+
+def _check_attention(call: CallInput, *, is_there: bool) -> None:
+    if not is_there and (call.continues or call.past):
+        raise InputError(
+            "HF counts the positions in a cache by its attention layers, and this model has none; run without a cache "
+            "(use_cache=False, use_past_kv_cache=False)"
+        )

@@ -62,6 +62,7 @@ def _granite(config: Any) -> Decoder:
         _layers(kinds, "linear_attention"),
         has_bias=config.mamba_proj_bias,
         limit=_limit(config),
+        has_attention="full_attention" in kinds,
     )
     moe = None
     if config.num_local_experts:
@@ -106,7 +107,8 @@ def _nemotron(config: Any) -> Decoder:
             "chunk_size": config.chunk_size,
         },
         has_bias=config.use_bias,
-        limit=NO_LIMIT,  # but see the README for `time_step_min`
+        limit=NO_LIMIT,  # `time_step_min` is one, which HF ignores in decoding; see the page of the hybrids
+        has_attention="full_attention" in kinds,
     )
     fields["sizes"]["ssm_act_fn"] = config.mamba_hidden_act
     moe = Moe(

@@ -180,6 +180,27 @@ def test_bamba_counts_its_positions_from_where_a_cache_ends():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kinds", [["full_attention"] * 2, ["linear_attention"] * 2])
+def test_a_hybrid_of_one_kind_is_served_too(kinds):
+    """Granite's dense models are attention alone; then nothing of a mixer is there, and nothing of it refuses."""
+    model = tiny("granitemoehybrid", layer_types=kinds, num_hidden_layers=2, num_local_experts=0)
+    is_attention = kinds[0] == "full_attention"
+    assert model.layer_types() == ("attention" if is_attention else "mamba2",) * 2
+    assert ("W_Q" in model.weight_names, "W_in_proj" in model.weight_names) == (is_attention, not is_attention)
+    mask = torch.ones_like(TOKENS)
+    mask[0, -2:] = 0
+    if is_attention:
+        model(TOKENS, attention_mask=mask, return_state=True)
+    else:
+        with pytest.raises(InputError, match="by its attention layers"):
+            model(TOKENS, return_state=True)
+        assert model.run_with_cache(TOKENS)[1].effective_attention(1).error < 1e-4
+        return
+    whole, (_, state) = model(TOKENS), model(TOKENS[:, :-1], return_state=True)
+    torch.testing.assert_close(model(TOKENS[:, -1:], past_key_values=state)[:, 0], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_an_edit_of_one_branch_of_falcon_h1_leaves_the_other():
     """Both are added to the stream in one sum, which is written anew with what stands for either."""
     model = tiny("falcon_h1")

@@ -26,6 +26,12 @@ _EXPERT_WEIGHTS = {
     Capability.WEIGHT_VIEWS: (Support.PARTIAL, "W_in, W_gate and W_out are given for dense MLPs, not for experts")
 }
 _NO_LIMIT = {Capability.GENERATE: Support.FULL}
+_LEAST_STEP = {
+    Capability.GENERATE: (
+        Support.PARTIAL,
+        "HF ignores time_step_min in decoding; what is inside a scan that it would have changed refuses",
+    )
+}
 
 _HANDLED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -88,7 +94,7 @@ def lens_architectures() -> list[Architecture]:
             ("Bamba", "bamba", {}, _BAMBA),
             ("Jamba", "jamba", _EXPERT_WEIGHTS | _NO_LIMIT, _JAMBA),
             ("Granite-MoE hybrid", "granitemoehybrid", _EXPERT_WEIGHTS, _GRANITE),
-            ("Nemotron-H", "nemotron_h", _EXPERT_WEIGHTS, _NEMOTRON),
+            ("Nemotron-H", "nemotron_h", _EXPERT_WEIGHTS | _LEAST_STEP, _NEMOTRON),
             ("Falcon-H1", "falcon_h1", {}, _FALCON),
         )
     ]

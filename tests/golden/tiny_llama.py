@@ -137,6 +137,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": _rope("dynamic", alpha=3.0, factor=1.0),
     "glm4_moe": {**GROUPS, "use_qk_norm": True},
     "exaone_moe": {"n_group": 3, "topk_group": 2, "num_experts": 6},
+    "phimoe": {"router_jitter_noise": 0.6},
     "granitemoeshared": {"shared_intermediate_size": 24},
 }
 KIN = {key: (key, {**config, **BESIDE.get(key, {})}) for key, (config, _) in kin.TYPES.items()}

@@ -15,7 +15,8 @@ gradient is the gradient at the hook point. Everything is float64.
 Copies (`hook_q_input` and kin, `hook_mlp_in` of parallel blocks): a head whose copy was edited, or that `through`
 names, is computed from its copy through a norm of its own; all others hear the shared one.
 
-Does not: dropout, key-value caches (a decode step is compared with the whole run), half precision.
+Does not: dropout, clipped projections (`clip_qkv`), key-value caches (a decode step is compared with the whole run),
+half precision.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -100,12 +100,10 @@ class _Reader:
         a, m, beside, mid, scale = found
         self._check_once(a, m)
         ln1, ln1_post, attn_added = self._around_attention(a)
-        ln2, mlp, read = self._mlp(m, mid, beside)
+        ln2, mlp = self._mlp(m, mid, beside)
         ln2_post = mlp_added = None
-        if beside is None and self._module_of(m, mlp) is None:
+        if beside is None and not self._is_own(m, mlp):
             ln2_post, mlp_added = (self.name(m), None) if is_norm(m) else (None, self.name(m))
-        if mlp == "" and mlp_added is not None and read is not None and not is_norm(m):
-            mlp_added = None if m.module.__class__.__name__ in ("Linear", "Conv1D") else mlp_added
         return Block(
             attn=self.name(self.attn),
             dispatches=self.dispatches,
@@ -209,7 +207,7 @@ class _Reader:
         found = [c for c in self.inside if same(c.input_like(source), source) and same(c.output_like(source), read)]
         return next((self.name(call) for call in found if is_norm(call) and not same(source, read)), None)
 
-    def _mlp(self, m: Call, mid: Tensor | None, beside: Call | None) -> tuple[str | None, str, Tensor | None]:
+    def _mlp(self, m: Call, mid: Tensor | None, beside: Call | None) -> tuple[str | None, str]:
         """Find the MLP: what reads the stream, or a norm of it, outside of attention."""
         source = self.r if mid is None else mid
         outside = [c for c in self.inside if not self.within(c, self.attn) and not self.within(self.attn, c)]
@@ -220,27 +218,24 @@ class _Reader:
                                                   if n.output_like(source) is not None]  # fmt: skip
         shared = self.attn.input_like(self.r) if mid is None else None
         for ln2, read in [*reads, *([(None, shared)] if shared is not None else []), (None, source)]:
-            known = [
-                c for c in outside if same(c.input_like(source), read) and not is_norm(c) and c.end <= max(m.end, c.end)
-            ]
+            known = [c for c in outside if same(c.input_like(source), read) and not is_norm(c)]
             known = [c for c in known if any(True for _ in c.module.parameters())]
             if not known:
                 continue
             if beside is not None and any(c.path == m.path for c in known):
-                return ln2, self.name(m), read
+                return ln2, self.name(m)
             module = min(known, key=lambda call: call.path.count("."))
             is_leaf = not any(True for _ in module.module.children())
-            is_parallel_norm = mid is None and ln2 is not None and same(read, shared)
-            return (None if is_parallel_norm else ln2), "" if is_leaf else self.name(module), read
+            is_shared = mid is None and same(read, shared)
+            return (None if is_shared else ln2), "" if is_leaf else self.name(module)
         raise Unfit(f"{self.path}: no module reads the stream, or a norm of it, and gives {self.name(m)} its input")
 
-    def _module_of(self, m: Call, mlp: str) -> str | None:
-        """Give the MLP's path where what is added is its own output."""
+    def _is_own(self, m: Call, mlp: str) -> bool:
+        """Whether what is added is the MLP's own output; of one whose projections are the block's, the last one's."""
         if mlp == "":
-            return None
+            return isinstance(getattr(m.module, "weight", None), Tensor) and not is_norm(m)
         own = self.trace.of(f"{self.path}.{mlp}")[0]
-        is_own = m is own or (self.within(m, own) and same(m.output_like(self.r), own.output_like(self.r)))
-        return mlp if is_own else None
+        return m is own or (self.within(m, own) and same(m.output_like(self.r), own.output_like(self.r)))
 
 
 def _is(found: list[float] | None, wanted: list[float]) -> bool:

@@ -73,11 +73,13 @@ _WHOLE = {
 _DENSE = ("mlp.hook_pre", "mlp.hook_post")
 
 
-def _lacks(one: Pair, own: set[str]) -> list[str]:
+def _lacks(one: Pair, own: set[str], at: str) -> list[str]:
     """List the names of the contract that a block of this kind must have and has not."""
     wanted = [name for shows, names in _WHOLE.items() if shows in own for name in names]
     if "hook_mlp_out" in own and "mlp.hook_router_logits" not in own:
         wanted += [*_DENSE, *(["mlp.hook_pre_linear"] if one.model.cfg.gated_mlp else [])]
+    if "hook_mlp_out" in own and getattr(one.model.table[f"{at}hook_mlp_out"].seam, "beside", None) is not None:
+        wanted.remove("mlp.hook_out")  # the block sums two modules, and none returns what the MLP does
     branch = {"ln1": "hook_attn_out", "ln2": "hook_mlp_out", "norm": "hook_mixer_out"}
     for norm, place in one.model.declaration.norms.items():
         parts = {f"{norm}.hook_{part}" for part in ("scale", "normalized", "out")}
@@ -98,7 +100,7 @@ def _block_is_whole(one: Pair, layer: int) -> None:
     is_mixer = "hook_mixer_out" in own
     assert len(missing) < len(one.model.declaration.writers), f"block {layer} has none of its writers {missing}"
     assert {"hook_resid_pre", "hook_resid_post"} <= own, f"block {layer} lacks hook_resid_pre or hook_resid_post"
-    lacks = _lacks(one, own)
+    lacks = _lacks(one, own, at)
     assert not lacks, f"block {layer} lacks {', '.join(lacks)}, which the contract gives every block of its kind"
     if not is_mixer and "hook_mlp_out" in own and "hook_attn_out" in own:
         is_parallel = "hook_resid_mid" not in own

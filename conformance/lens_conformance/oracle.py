@@ -103,6 +103,9 @@ def _build(family: Family, overrides: Mapping[str, Any], attn: str, seed: int) -
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(family.noise(name, parameter))
+            for name, buffer in model.named_buffers():
+                if name in model.state_dict() and buffer.is_floating_point() and not buffer.any():
+                    buffer.copy_(torch.randn_like(buffer) * 0.2)  # corrections of routers, which training moves
     return model.eval()
 
 

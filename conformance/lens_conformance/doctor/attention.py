@@ -68,7 +68,7 @@ class _Reader:
         kv_heads = self.kernel.k.shape[1]
         if self.kernel.v.shape[3] != width:
             raise Unfit(
-                f"{self.path}: values are {self.kernel.v.shape[3]} wide and queries {width} (latent attention): "
+                f"{self.path}: values are {self.kernel.v.shape[3]} wide and queries {width}: "
                 "hook_v has the width of hook_q in Attn"
             )
         layout, v, places = self._layout()

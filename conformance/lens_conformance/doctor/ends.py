@@ -149,7 +149,7 @@ def _embedding(subject: Subject, trace: Trace, embed: str, base: str, given: Ten
     token = trace.of(embed)[0].outputs[0]
     found: dict[str, Any] = {"pos_embed": None, "embed_scale": None, "embed_at": "module"}
     if token.shape != given.shape:
-        raise Unfit(f"{embed} gives {token.shape[-1]} channels, and the stream has {given.shape[-1]}")
+        raise Unfit(f"{embed} gives {list(token.shape)}, and the first block receives {list(given.shape)}")
     if same(token, given):
         return found
     if (factor := coefficients(given, [token])) is not None:

@@ -63,6 +63,10 @@ SIZES: dict[str, int] = {
     "v_head_dim": 14,
     "qk_head_dim": 14,
     "rotary_dim": 4,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
     "sliding_window": 3,
     "attention_chunk_size": 3,
 }
@@ -127,23 +131,33 @@ def read_config(model: str) -> tuple[Any, tuple[str, ...]]:
 def _read(model: str) -> tuple[Any, tuple[str, ...]]:
     folder = Path(model)
     if model in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[model]()
+        config = _default(model)
     elif folder.is_dir() or "/" in model:
         _check_known(folder)
         config = _read_config(model, {})
     else:
         raise _unknown(model)
-    kind = config.model_type
-    if kind in CAUSAL and not isinstance(getattr(config, "num_hidden_layers", None), int):
-        raise ArgumentError(f"{kind!r} is not one stack of blocks: its config has no num_hidden_layers")
+    kind, text = config.model_type, config.get_text_config()
     if kind in CAUSAL and not getattr(config, "is_encoder_decoder", False):
-        return config, ()
-    text = config.get_text_config()
+        if isinstance(getattr(config, "num_hidden_layers", None), int):
+            return config, ()
+        if text.model_type == kind or text.model_type not in CAUSAL:
+            raise ArgumentError(f"{kind!r} is not one stack of blocks: its config has no num_hidden_layers")
     if text.model_type != kind and text.model_type in CAUSAL:
         return text, (f"{kind} holds a language model of the type {text.model_type}, which is what is examined",)
     raise ArgumentError(
         f"{kind!r} is no causal decoder: transformers has no ...ForCausalLM of it that reads tokens from left to right"
     )
+
+
+def _default(model_type: str) -> Any:
+    try:
+        return CONFIG_MAPPING[model_type]()
+    except Exception as error:  # of HF's own checks
+        told = " ".join(str(error).split())[:200]
+        raise ArgumentError(
+            f"HF's default config of {model_type!r} is refused by HF ({told}); give a folder"
+        ) from error
 
 
 def _unknown(model: str) -> ArgumentError:
@@ -178,8 +192,12 @@ def tiny(config: Any, remarks: tuple[str, ...] = ()) -> Subject:
     Raises:
         ArgumentError: HF builds or runs no tiny model of it, or one that is not causal.
     """
-    with quiet():
-        fields = {**_kept(config), **_shrunk(config)}
+    try:
+        with quiet():
+            fields = {**_kept(config), **_shrunk(config)}
+    except Exception as failure:  # values that differ by block cannot be asked of the whole
+        told = str(failure).split(". ", 1)[0]
+        raise ArgumentError(f"the config of {config.model_type!r} is not one for all blocks: {told}") from failure
     error: Exception | None = None
     for retry in (*_mixed(fields), *_RETRIES):
         if not retry.keys() <= set(config_fields(config)):
@@ -195,7 +213,7 @@ def tiny(config: Any, remarks: tuple[str, ...] = ()) -> Subject:
             error = error or failure
         else:
             return subject
-    told = str(error).strip().split("\n", 1)[0][:200]
+    told = " ".join(str(error).split())[:200]
     raise ArgumentError(
         f"HF builds or runs no tiny model of the type {config.model_type!r} ({type(error).__name__}: {told}); "
         f"tried with {fields}"
@@ -269,6 +287,8 @@ def _factor(name: str, value: Any, probes: Iterator[float]) -> dict[str, Any]:
         return {name: 0.0}
     if isinstance(value, float) and value == 1.0 and _FACTOR.search(name):
         return {name: next(probes, value)}
+    if value is None and name.startswith(("num_shared_expert", "n_shared_expert")):
+        return {name: 1}
     return {name: 5.0} if value is None and _CAP.search(name) and "attn" not in name else {}
 
 

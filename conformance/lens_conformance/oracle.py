@@ -98,7 +98,7 @@ def _build(family: Family, overrides: Mapping[str, Any], attn: str, seed: int) -
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
-        if torch.get_default_dtype() == torch.float64 and hasattr(config, "num_experts_per_tok"):
+        if torch.get_default_dtype() == torch.float64 and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the only one that takes float64
         with torch.no_grad():
             for name, parameter in model.named_parameters():

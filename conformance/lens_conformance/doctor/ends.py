@@ -160,7 +160,7 @@ def _embedding(subject: Subject, trace: Trace, embed: str, base: str, given: Ten
             call.outputs[0].expand_as(given) if call.outputs[0].ndim == 3 else call.outputs[0][None].expand_as(given)
         )
         factors = coefficients(given, [token, added])
-        if factors is None:
+        if factors is None or abs(factors[0]) < 1e-9:
             continue
         if abs(factors[1] - 1) > 1e-9:
             raise Unfit(f"positions ({call.path}) are added {factors[1]:.4g} times; Decoder adds them once")
@@ -180,6 +180,8 @@ def _positions(trace: Trace, embed: str, base: str) -> Iterator[Call]:
     width = trace.of(embed)[0].outputs[0].shape
     for call in trace.calls:
         is_near = call.path.startswith(f"{base}.") and call.path != embed and call.outputs
+        weight = getattr(call.module, "weight", None)
+        is_near = is_near and isinstance(weight, Tensor) and weight.ndim == 2
         if is_near and call.outputs[0].ndim in (2, 3) and tuple(call.outputs[0].shape[-2:]) == tuple(width[-2:]):
             yield call
 

@@ -163,6 +163,7 @@ class _Writer:
         if not in_training:
             self.remarks.append("in training, a dropout outside of any module stands before the sum: the stream's sums "
                                 "hold in evaluation only")  # fmt: skip
+        self.remarks += _unseen(self.config)
         is_free = getattr(self.found.wide.model, "_supports_sdpa", True)
         return Proposal(
             fields=fields,
@@ -291,6 +292,15 @@ class _Writer:
         if width == 4 * self.config.hidden_size:
             return f"config.{unset} or 4 * config.hidden_size" if unset else "4 * config.hidden_size"
         return self._number(width, "d_mlp", "(size|dim|ff|inner)")
+
+
+def _unseen(config: Any) -> Iterator[str]:
+    """Say which lists of kinds of blocks have one kind only, so that no other was looked at."""
+    for name in config_fields(config):
+        value = getattr(config, name, None)
+        is_list = isinstance(value, list) and len(value) == config.num_hidden_layers
+        if is_list and isinstance(value[0], str) and len(set(value)) == 1:
+            yield f"{name} has only {value[0]!r} here; the config of a checkpoint that mixes kinds may tell more"
 
 
 _DEFAULTS: dict[str, str | None] = {

@@ -136,7 +136,10 @@ class Skeleton:
         if self.proposal.norm not in plugin.__all__:
             assert self.proposal.norm in KINDS
             source = files("lens_conformance.doctor").joinpath("kinds.py").read_text(encoding="utf-8")
-            code = source.split('"""', 2)[2]
+            code = source.split('"""', 2)[2].replace("from torch import Tensor\n\n", "", 1)
+            code = code.replace(
+                "\n\n__all__", "\nfrom torch import Tensor\n\n__all__", 1
+            )  # the core is third party there
             found[f"{self.package}/_norms.py"] = f'"""Kinds of norms that the core has not."""{code}'
         return found
 

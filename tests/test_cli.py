@@ -157,7 +157,7 @@ def test_plugins_as_json_tells_everything(capsys, monkeypatch, tmp_path):
         "version": lens_gpt2.__version__,
         "status": "ok",
         "reason": "",
-        "model_types": ["gpt2"],
+        "model_types": ["gpt2", "gpt_bigcode"],
         "certificates": [],
     }
     assert (architecture["api_version"], architecture["transformers"]) == (1, ">=5.20,<6")

@@ -71,7 +71,7 @@ def test_the_pins_lie_in_the_ranges_that_users_get(distribution):
     """What is tested is what is promised."""
     pinned = pins()
     for name, specifier in declared(PROJECTS[distribution][0]).items():
-        if name == "lens-core":
+        if name.startswith("lens-"):
             continue
         (pin,) = pinned[name]
         assert specifier.contains(pin.version), name

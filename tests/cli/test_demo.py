@@ -251,7 +251,7 @@ class _Attentionless:
 
     @hookimpl
     def lens_architectures(self) -> list[Architecture]:
-        (gpt2,) = lens_gpt2.lens_architectures()
+        gpt2 = lens_gpt2.lens_architectures()[0]
         return [attrs.evolve(gpt2, name="Blind", implementation="lens_blind:declare")]
 
 

@@ -38,7 +38,7 @@ def moved(monkeypatch):
         class Plugin:
             @hookimpl
             def lens_architectures(self):
-                (record,) = lens_gpt2.lens_architectures()
+                record = lens_gpt2.lens_architectures()[0]
                 return [attrs.evolve(record, implementation="lens_moved:declare")]
 
         with isolated_registry(Plugin()):

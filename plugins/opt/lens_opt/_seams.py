@@ -34,17 +34,28 @@ class Flat:
             yield attrs.evolve(step, act=lambda call, act=step.act: act(_Unflattened(call)))
 
 
-class _Unflattened:
-    """One forward of a module, with its first tensors as `[batch, pos, ...]`."""
+class _Unflattened(ModuleCall):
+    """One forward of a module, with its first tensors as `[batch, pos, ...]`; all else is the call's own."""
+
+    __slots__ = ("_call",)
 
     def __init__(self, call: ModuleCall) -> None:
-        self._call = call
+        object.__setattr__(self, "_call", call)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # no slot but one is filled
         return getattr(self._call, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = self if name in ("input", "result") else self._call
+        object.__setattr__(owner, name, value)
 
     def _shown(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (self._call.run.now.batch, -1))
+
+    @property
+    def stream(self) -> Tensor:
+        """The input, but for copies that this module alone is given."""
+        return self._shown(self._call.stream)
 
     @property
     def input(self) -> Tensor:

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_core._call import ModuleCall
 from lens_core._context import active_runs
 from lens_core._functions import Slot, function_slot
-from lens_core._graph import during, gradients, with_gradient_of
+from lens_core._graph import during, explicit_where, gradients, with_gradient_of
 from lens_core._plan import ModuleStep, SlotStep
 from lens_core._softmax import Enough, InsideSoftmax, additive_mask, masked_cells
 from lens_core._watch import Watch
@@ -176,6 +176,8 @@ class Override:
 
     heads: Sequence[int]
     values: Float[Tensor, "batch pos some d_head"]
+    changed: Bool[Tensor, "batch pos some"]
+    """Where their inputs were changed; elsewhere the model's own bits stay."""
     edited: bool
     rotary: Any = None
     """Cosines and sines of this call's positions; None where the layer has no rotary embedding."""
@@ -268,12 +270,14 @@ class _Handler:
         with gradients(needs_graph), suppress(Enough), during(inside):
             explicit = eager(module, query, key[:, :, :length], value[:, :, :length], additive, **kwargs)[0]
         inside.check(module)
-        if explicit is not None and (inside.is_edited or (inside.is_rerouted and kwargs.get("dropout", 0.0))):
-            return explicit.contiguous(), None
+        if explicit is None or not (inside.is_edited or inside.is_rerouted):
+            return kernel(module, query, key, value, mask, **kwargs)
+        if kwargs.get("dropout", 0.0):
+            return explicit.contiguous(), None  # the kernel would draw another dropout
         output, *rest = kernel(module, query, key, value, mask, **kwargs)
-        if explicit is not None and inside.is_rerouted:
-            output = with_gradient_of(explicit, output)
-        return (output, *rest)
+        if inside.changed is None:
+            return (with_gradient_of(explicit, output), *rest)
+        return (explicit_where(inside.changed[:, :, None, None], explicit, output), *rest)
 
     def _repeated(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
@@ -322,5 +326,6 @@ def _overridden(module: nn.Module, repeated: Tensor, override: Override, *, tota
     end = min(repeated.shape[2], total)
     start = end - values.shape[2]
     middle = repeated[:, :, start:end].clone()
-    middle[:, list(override.heads)] = values
+    changed = override.changed.transpose(1, 2)[..., None]
+    middle[:, list(override.heads)] = explicit_where(changed, values, middle[:, list(override.heads)])
     return torch.cat([repeated[:, :, :start], middle, repeated[:, :, end:]], dim=2)

@@ -104,6 +104,8 @@ class CallInput:
     n_pos: int
     continues: bool
     """Whether a cache is filled, from which later calls go on."""
+    training: bool = False
+    """Whether the model is in training mode."""
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -61,6 +61,11 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
+def _reach(config: Any) -> int:
+    """Give the most positions: some checkpoints say more than their rotary embeddings' own number."""
+    return max(rotary_reach(config), getattr(config, "model_max_length", None) or 0)
+
+
 def _lens_config(decoder: Decoder, config: Any) -> LensConfig:
     heads, moe = config.num_attention_heads, decoder.moe
     has_rotary = decoder.pos_embed is None and decoder.attn.rotary != ()
@@ -73,7 +78,7 @@ def _lens_config(decoder: Decoder, config: Any) -> LensConfig:
         "n_key_value_heads": getattr(config, "num_key_value_heads", None),
         "d_mlp": _first(config, _D_MLP),
         "d_vocab": config.vocab_size,
-        "n_ctx": rotary_reach(config) if has_rotary else config.max_position_embeddings,
+        "n_ctx": _reach(config) if has_rotary else config.max_position_embeddings if decoder.pos_embed else None,
         "act_fn": _first(config, _ACT),
         "eps": _first(config, _EPS),
         "normalization_type": decoder.norm.name,

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_core._call import ModuleCall
-from lens_core._graph import FunctionMode, during, gradients, with_gradient_of
+from lens_core._graph import FunctionMode, during, explicit_where, gradients
 from lens_core._plan import ModuleStep
 from lens_core._watch import Watch
 from lens_core.errors import HookValueError, UnsupportedHookError
@@ -146,8 +146,10 @@ class ExpertOutput:
             outputs = _one_by_one(call.module, hidden, indices, weights)
             value = watch.fire(outputs.view(now.batch, now.n_pos, *outputs.shape[1:]), beside=True)
             if watch.edited or watch.rerouted:
-                explicit = torch.einsum("tkd,tk->td", value.reshape(outputs.shape), weights.to(value.dtype))
-                call.result = explicit if watch.edited else with_gradient_of(explicit, call.result)
+                value = value.reshape(outputs.shape)
+                explicit = torch.einsum("tkd,tk->td", value, weights.to(value.dtype))
+                changed = (value != outputs).flatten(1).any(-1, keepdim=True)
+                call.result = explicit_where(changed, explicit, call.result)
 
 
 def _expert_arguments(call: ModuleCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FunctionMode", "during", "gradients", "with_gradient_of"]
+__all__ = ["FunctionMode", "during", "explicit_where", "gradients", "with_gradient_of"]
 
 
 @contextmanager
@@ -96,3 +96,8 @@ def with_gradient_of(explicit: Tensor, own: Tensor) -> Tensor:
     For places computed beside a fused kernel whose value nobody changed, but whose gradient is wanted or was cut.
     """
     return _Substitute.apply(explicit, own.detach())  # type: ignore[no-any-return]
+
+
+def explicit_where(changed: Tensor, explicit: Tensor, own: Tensor) -> Tensor:
+    """Give the explicit computation where what it reads was changed, and elsewhere the model's own bits."""
+    return torch.where(changed, explicit, with_gradient_of(explicit, own) if explicit.requires_grad else own)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_core._attention import Override, attention_steps
 from lens_core._call import ModuleCall
-from lens_core._graph import with_gradient_of
+from lens_core._graph import explicit_where, with_gradient_of
 from lens_core._linear import linear_weight
 from lens_core._plan import ModuleStep, SlotStep
 from lens_core._views import Columns
@@ -114,13 +114,11 @@ class HeadInput:
     def _with_heads(self, part: str, copies: "_Copies", call: ModuleCall) -> Tensor:
         """Put the edited heads' own projections in place of HF's."""
         columns = self.projections[part].columns
-        edited = copies.edited_heads
-        heads = list(range(copies.tensor.shape[2])) if copies.rerouted else edited
+        heads = list(range(copies.tensor.shape[2])) if copies.rerouted else copies.edited_heads
         shown = columns.read(call.result, call.run)
         explicit = shown.clone()
         explicit[:, :, heads] = self._projected(part, copies, heads, heads, call)
-        bits = shown.detach().clone()
-        bits[:, :, edited] = explicit.detach()[:, :, edited]
+        bits = torch.where(copies.changed[..., None], explicit.detach(), shown.detach())
         return columns.write(call.result, with_gradient_of(explicit, bits) if copies.rerouted else bits)
 
     def _override_of(self, part: str, copies: "_Copies", call: ModuleCall) -> Override:
@@ -138,7 +136,8 @@ class HeadInput:
             values = _each_normed(module, whole, values, own, projection.norm_takes)
         rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
         norm = None if after is None else call.run.module(after)
-        return Override(heads=heads, values=values, edited=bool(edited), rotary=rotary, norm=norm)
+        changed = copies.changed[:, :, heads]
+        return Override(heads=heads, values=values, changed=changed, edited=bool(edited), rotary=rotary, norm=norm)
 
     def _norm_whole(self, part: str, call: ModuleCall) -> None:
         """Norm the override's heads where all heads are normed together: beside what functions made of the others."""
@@ -172,6 +171,11 @@ class _Copies:
     source: Float[Tensor, "batch pos d_model"]
     edited: bool = False
     rerouted: bool = False
+
+    @property
+    def changed(self) -> Bool[Tensor, "batch pos heads"]:
+        """Where a head's copy holds other bits than the residual stream."""
+        return (self.tensor != self.source.unsqueeze(2)).any(-1)
 
     @property
     def edited_heads(self) -> list[int]:
@@ -253,7 +257,8 @@ class HeadResult:
             new = watch.fire(results, beside=True)
             if watch.edited or watch.rerouted:
                 explicit = new.sum(2) if bias is None else new.sum(2) + bias
-                call.result = explicit if watch.edited else with_gradient_of(explicit, call.result)
+                changed = (new != results).flatten(2).any(-1, keepdim=True)
+                call.result = explicit_where(changed, explicit, call.result)
 
 
 def _results_by_probing(

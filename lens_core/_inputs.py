@@ -98,7 +98,8 @@ def read_input(
         )
     whole_mask = attention_mask
     if model.declaration.read_call is not None:
-        call = CallInput(mask=attention_mask, past=past.length, n_pos=n_pos, continues=continues)
+        training = model.bare_model.training
+        call = CallInput(mask=attention_mask, past=past.length, n_pos=n_pos, continues=continues, training=training)
         attention_mask = model.declaration.read_call(call)
     check_padding(model, past, whole_mask)
     return Inputs(

@@ -236,7 +236,7 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
     text = config.get_text_config(decoder=True)
     if text is not config:
         check_config(text, architecture, strict=strict)
-    default: Any = type(config)()
+    default: Any = _default(type(config))
     fields = _fields(default)
     known = (fields - _fields(PreTrainedConfig())) | ({"tie_word_embeddings"} & fields)
     held = {*architecture.config_handled, *architecture.config_ignored}
@@ -248,18 +248,36 @@ def check_config(config: Any, architecture: Architecture, *, strict: bool) -> No
             f"{architecture.name} does not hold {listed}; hook values could be wrong. "
             "lens.load(..., strict=False) loads it uncertified"
         )
-    unknown = sorted(_fields(config) - fields - held - {"name_or_path", "_name_or_path", "model_type"})
+    if getattr(config, "is_causal", True) is False and strict:
+        raise UnsupportedConfigError("is_causal=False lets positions see later ones; lens serves causal models")
+    unknown = sorted(_fields(config) - fields - held - _SEEN)
     moved: Any = getattr(config, "rope_parameters", None) or {}  # where HF keeps what older files have beside
     unknown = [name for name in unknown if not (name.startswith("_") or name in config.attribute_map or name in moved)]
     if unknown:
-        warnings.warn(
-            f"config keys unknown to transformers are ignored: {', '.join(unknown)}", ConfigWarning, stacklevel=4
-        )
+        told = f"config keys unknown to HF's config class are not checked: {', '.join(unknown)}"
+        warnings.warn(told, ConfigWarning, stacklevel=4)
+
+
+_SEEN = frozenset(("name_or_path", "_name_or_path", "model_type", "head_dim", "quantization_config", "is_causal"))
+"""Keys beside a config class' own that need no notice: HF reads them, and so do weights and shapes."""
+
+
+def _default(kind: Any) -> Any:
+    """Make a config of defaults, without what HF says of its token ids."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return kind()
+    finally:
+        logging.set_verbosity(before)
 
 
 def _fields(config: object) -> set[str]:
     """Name a config's fields; plans of how to spread a model over devices, which some releases keep there, are none."""
-    return {name for name in vars(config) if not re.fullmatch(r"base_model_[a-z]+_plan", name)}
+    plans = r"base_model_[a-z]+_plan|ignore_keys_at_rope_validation"
+    return {name for name in vars(config) if not re.fullmatch(plans, name)}
 
 
 def check_depth(config: Any) -> None:

@@ -45,6 +45,9 @@ class InsideSoftmax(FunctionMode):
         self.sinks = 0
         """Columns of an attention sink behind the keys'; they are no cells of scores and pattern."""
 
+    changed: Tensor | None = None
+    """The rows `[batch, query]` in which a function changed a cell of any head."""
+
     @property
     def is_edited(self) -> bool:
         """Whether a function changed a value."""
@@ -75,16 +78,23 @@ class InsideSoftmax(FunctionMode):
         scores = scores if self.sinks else self._scores(scores)
         pattern = func(scores, *rest, **kwargs)
         if self.pattern is not None and self.sinks:
-            cells = _fire_pattern(self.pattern, pattern[..., : -self.sinks], scores.dtype)
+            cells = pattern[..., : -self.sinks]
+            cells = self._noted(cells, _fire_pattern(self.pattern, cells, scores.dtype))
             pattern = torch.cat([cells, pattern[..., -self.sinks :].to(cells.dtype)], dim=-1)
         elif self.pattern is not None:
-            pattern = _fire_pattern(self.pattern, pattern, scores.dtype)
+            pattern = self._noted(pattern, _fire_pattern(self.pattern, pattern, scores.dtype))
         if self.stops:
             raise Enough
         return pattern
 
     def _scores(self, cells: Tensor) -> Tensor:
-        return cells if self.scores is None else _fire_scores(self.scores, cells, self.masked)
+        return cells if self.scores is None else self._noted(cells, _fire_scores(self.scores, cells, self.masked))
+
+    def _noted(self, before: Tensor, after: Tensor) -> Tensor:
+        if after is not before:
+            rows = (after != before.to(after.dtype)).any(-1).any(1)
+            self.changed = rows if self.changed is None else self.changed | rows
+        return after
 
     def check(self, module: nn.Module) -> None:
         """Raise when the eager function did not compute one softmax."""

@@ -99,8 +99,12 @@ def _is_local(case: Case, one: Pair, name: str, first: int, before: Any, after: 
             case.equal(f"{other}, which comes before the edit at {name}", after[other], before[other])
         elif axis is not None:
             here, there = (value[other].narrow(axis, 0, first) for value in (after, before))
-            # A fused kernel and an explicit one round differently: a layer whose inside was edited is not bit-equal.
-            case.same(f"{other} before position {first}, under an edit at {name} from there on,", here, there)
+            told = f"{other} before position {first}, under an edit at {name} from there on,"
+            # A fused scan and a recurrence round differently; experts round by how many tokens come to each.
+            if ".mixer." in name or one.model.cfg.n_experts is not None:
+                case.same(told, here, there)
+            else:
+                case.equal(told, here, there)
 
 
 @check(11, "putting the cached value back restores the run", judge="law")

@@ -22,7 +22,10 @@ _CAPABILITIES = {
     Capability.GRADIENT_CHECKPOINTING: (Support.PARTIAL, "in training, hooks inside a checkpointed block refuse"),
     Capability.TORCH_COMPILE: (Support.PARTIAL, "a compiled model runs eagerly while it is hooked"),
 }
-_EXPERT_WEIGHTS = (Support.PARTIAL, "W_in, W_gate and W_out are given for dense MLPs, not for experts")
+_EXPERT_WEIGHTS = (
+    Support.PARTIAL,
+    "W_in, W_gate and W_out are given for blocks with a dense MLP only, not for experts and what stands beside them",
+)
 
 _HANDLED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -42,9 +45,12 @@ _SPARSE = (
     *("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "n_shared_experts", "num_shared_experts"),
     *("shared_expert_intermediate_size", "shared_intermediate_size"),
 )
-_IGNORED = ("initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef")
+_IGNORED = (
+    *("initializer_range", "pretraining_tp", "output_router_logits", "router_aux_loss_coef"),
+    *("num_mtp_layers", "num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types"),  # HF builds none
+)
 
-_IMAGES = ("mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_index", "eoi_token_index")
+_IMAGES = ("mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index")
 
 # model type -> what people call it, and the fields of its own that are handled
 _DENSE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -87,9 +93,8 @@ _DENSE: dict[str, tuple[str, tuple[str, ...]]] = {
     "granite": ("Granite", ()),
     "hyperclovax": ("HyperCLOVA X", ("use_post_norm",)),
 }
-# Fields of jitter are in neither list: in training they write into what the MLP received.
 _MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mixtral": ("Mixtral", ()),
+    "mixtral": ("Mixtral", ("router_jitter_noise",)),
     "qwen2_moe": ("Qwen2-MoE", ()),
     "qwen3_moe": ("Qwen3-MoE", ()),
     "olmoe": ("OLMoE", ()),
@@ -97,7 +102,7 @@ _MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "granitemoe": ("Granite-MoE", ()),
     "granitemoeshared": ("Granite-MoE, shared", ()),
     "gpt_oss": ("gpt-oss", ("swiglu_alpha", "swiglu_limit")),
-    "glm4_moe": ("GLM-4.5", ("num_mtp_layers",)),
+    "glm4_moe": ("GLM-4.5", ()),
     "dots1": ("dots.llm1", ()),
     "solar_open": ("Solar Open", ()),
     "exaone_moe": ("EXAONE MoE", ()),
@@ -109,8 +114,8 @@ _MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "hunyuan_v1_moe": ("HunYuan-MoE", ("moe_topk",)),
-    "minimax_m2": ("MiniMax-M2", ()),
-    "phimoe": ("Phi-MoE", ()),
+    "minimax_m2": ("MiniMax-M2", ("router_jitter_noise",)),
+    "phimoe": ("Phi-MoE", ("input_jitter_noise", "router_jitter_noise")),
     "hy_v3": ("HY 3", ("router_scaling_factor", "enable_moe_fp32_combine")),
     "mellum": ("Mellum", ()),
 }

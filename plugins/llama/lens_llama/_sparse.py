@@ -8,7 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from lens_core.plugin import LAYER_NORM, RMS_NORM_GAIN_FIRST, Attn, Decoder, Moe
+import torch
+from torch import Tensor
+
+from lens_core.errors import InputError, UnsupportedConfigError
+from lens_core.plugin import LAYER_NORM, RMS_NORM_GAIN_FIRST, Attn, CallInput, Decoder, Moe
 from lens_llama._dense import AFTER_ROTARY, BY_HEAD, HEADS_FIRST, POST, WHOLE, granite, sliding_layers
 
 __all__ = ["SPARSE"]
@@ -73,30 +77,65 @@ def _granite_moe(config: Any, beside: str | None = None) -> Decoder:
 
 
 def _hunyuan_v1_moe(config: Any) -> Decoder:
-    one = config.moe_topk if isinstance(config.moe_topk, int) else config.moe_topk[0]
-    moe = Moe(n_experts=config.num_experts, per_token=one, router_linear="wg")
+    sizes = {}
+    for name in ("num_experts", "moe_topk"):
+        given = getattr(config, name)
+        each = {given} if isinstance(given, int) else set(given)
+        if len(each) > 1:
+            raise UnsupportedConfigError(f"{name}={given}: lens serves one number for all blocks")
+        sizes[name] = each.pop()
+    moe = Moe(n_experts=sizes["num_experts"], per_token=sizes["moe_topk"], router_linear="wg")
     return Decoder(attn=Attn(qk_norm=AFTER_ROTARY), moe=moe)
+
+
+def _gpt_oss(config: Any) -> Decoder:
+    given: Any = getattr(config, "quantization_config", None) or {}
+    quantised = given if isinstance(given, dict) else given.to_dict()
+    if quantised.get("quant_method") == "mxfp4" and not quantised.get("dequantize") and torch.cuda.is_available():
+        raise UnsupportedConfigError(
+            "with weights in MXFP4, HF runs an MLP that calls neither router nor experts; load them dequantised: "
+            "lens.load(..., quantization_config=transformers.Mxfp4Config(dequantize=True))"
+        )
+    return Decoder(norm=RMS_NORM_GAIN_FIRST, moe=LOCAL(config, router="router"))
+
+
+def _jittered(config: Any, field: str, **fields: Any) -> Decoder:
+    """Give a decoder whose experts' input HF multiplies with noise in training, in place: there it refuses."""
+
+    def read_call(call: CallInput) -> Tensor | None:
+        if call.training and getattr(config, field):
+            raise InputError(
+                f"{field}={getattr(config, field)}: in training HF writes noise into what hook points hold; call "
+                "model.eval(), or set it to 0"
+            )
+        return call.mask
+
+    return Decoder(read_call=read_call, **fields)
 
 
 LOCAL = partial(_moe, n_experts="num_local_experts")
 
 SPARSE: Mapping[str, Callable[[Any], Decoder]] = {
-    "mixtral": lambda config: Decoder(moe=LOCAL(config, weights_dtype="float32")),
+    "mixtral": lambda config: _jittered(config, "router_jitter_noise", moe=LOCAL(config, weights_dtype="float32")),
     "qwen2_moe": _stepped,
     "qwen3_moe": lambda config: _stepped(config, qk_norm=BY_HEAD),
     "olmoe": lambda config: Decoder(attn=Attn(qk_norm=WHOLE), moe=_moe(config)),
     "flex_olmo": lambda config: Decoder(norm=RMS_NORM_GAIN_FIRST, **POST, attn=Attn(qk_norm=WHOLE), moe=_moe(config)),
     "granitemoe": _granite_moe,
     "granitemoeshared": lambda config: _granite_moe(config, "shared_mlp" if config.shared_intermediate_size else None),
-    "gpt_oss": lambda config: Decoder(norm=RMS_NORM_GAIN_FIRST, moe=LOCAL(config, router="router")),
+    "gpt_oss": _gpt_oss,
     "glm4_moe": lambda config: _after_dense(config, qk_norm=BY_HEAD if config.use_qk_norm else None),
     "dots1": lambda config: _after_dense(config, qk_norm=BY_HEAD),
     "solar_open": lambda config: Decoder(moe=_wide(config, n_experts="n_routed_experts")),
     "exaone_moe": _exaone_moe,
     "ernie4_5_moe": _ernie4_5_moe,
     "hunyuan_v1_moe": _hunyuan_v1_moe,
-    "minimax_m2": lambda config: Decoder(attn=Attn(qk_norm=WHOLE), moe=LOCAL(config, weights_dtype="float32")),
-    "phimoe": lambda config: Decoder(norm=LAYER_NORM, moe=LOCAL(config, router="router", router_linear="")),
+    "minimax_m2": lambda config: _jittered(
+        config, "router_jitter_noise", attn=Attn(qk_norm=WHOLE), moe=LOCAL(config, weights_dtype="float32")
+    ),
+    "phimoe": lambda config: _jittered(
+        config, "input_jitter_noise", norm=LAYER_NORM, moe=LOCAL(config, router="router", router_linear="")
+    ),
     "hy_v3": lambda config: _by_layer(config, qk_norm=HEADS_FIRST),
     "mellum": lambda config: _by_layer(config, _moe, qk_norm=BY_HEAD),
 }

@@ -13,6 +13,7 @@ from transformers import StaticCache
 
 import lens_core as lens
 from lens_core import errors
+from lens_core.plugin import declare
 
 OWN = [variant for variant in VARIANTS if variant not in KIN]  # the kit tries the others
 TOKENS = torch.randint(0, 28, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -55,7 +56,6 @@ def test_every_type_has_a_record_of_its_own():
         ("gemma", "use_bidirectional_attention", True),
         ("gemma2", "use_bidirectional_attention", True),
         ("gemma3_text", "use_bidirectional_attention", True),
-        ("mixtral", "router_jitter_noise", 0.1),
     ],
 )
 def test_what_is_not_held_refuses_by_name(variant, field, value):
@@ -64,6 +64,24 @@ def test_what_is_not_held_refuses_by_name(variant, field, value):
     setattr(hf_model.config, field, value)
     with pytest.raises(errors.UnsupportedConfigError, match=field):
         lens.load(hf_model)
+
+
+def test_noise_that_hf_writes_into_what_experts_read_refuses_in_training():
+    """In evaluation there is none."""
+    hf_model = tiny_llama("mixtral", attn="eager")
+    hf_model.config.router_jitter_noise = 0.1
+    model = lens.load(hf_model)
+    model(TOKENS)
+    model.train()
+    with pytest.raises(errors.InputError, match="router_jitter_noise"):
+        model(TOKENS)
+
+
+def test_a_checkpoint_may_reach_further_than_its_rotary_embeddings_say():
+    """Command R's do."""
+    config = copy.copy(tiny_llama("cohere").config)
+    config.model_max_length = 128
+    assert declare(DENSE["cohere"](config), config).cfg.n_ctx == 128
 
 
 # ---------------------------------------------------------------------- weights

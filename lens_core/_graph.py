@@ -100,4 +100,4 @@ def with_gradient_of(explicit: Tensor, own: Tensor) -> Tensor:
 
 def explicit_where(changed: Tensor, explicit: Tensor, own: Tensor) -> Tensor:
     """Give the explicit computation where what it reads was changed, and elsewhere the model's own bits."""
-    return torch.where(changed, explicit, with_gradient_of(explicit, own) if explicit.requires_grad else own)
+    return torch.where(changed, explicit, with_gradient_of(explicit, own))

@@ -60,7 +60,8 @@ def certificates() -> Iterator[str]:
     """Give a row for each model type: level, examples, what judged, and the errors nearest to their bounds."""
     yield "| model type | level | made | examples | by HF | by laws | by golden | nearest to its bound | failed |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for model_type, report in reports(REPORTS / "certificates").items():
+    folders = (reports(REPORTS / name) for name in ("certificates", "thorough"))
+    for model_type, report in ((name, report) for folder in folders for name, report in folder.items()):
         tried = [outcome for outcome in report["outcomes"] if outcome["examples"]]
         judged = [sum(outcome["judge"] == judge for outcome in tried) for judge in ("hf", "law", "golden")]
         bounded = [outcome for outcome in tried if outcome["worst"]["bound"]]

@@ -7,6 +7,7 @@ from families.subject import Subject
 from golden.tiny_llama import KIN, VARIANTS, tiny_llama
 from lens_conformance import edits
 from lens_conformance.golden import llama
+from lens_conformance.golden.kinds import KINDS
 
 REPEATED = ("attn.hook_k_rep", "attn.hook_v_rep")
 LIGHT = {
@@ -27,7 +28,7 @@ DROPOUT = dict.fromkeys(
 
 def sizes(config: Any) -> dict[str, int]:
     """Give the size of every axis."""
-    heads, kv_heads, d_head = llama.heads_of(config)
+    heads, kv_heads, d_head = llama.heads_of(config, KINDS[config.model_type])
     found = {
         "d_model": config.hidden_size,
         "n_heads": heads,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from golden.tiny import fresh, random_tokens, tiny_gpt2, tiny_tokenizer
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 import lens_core as lens
 from lens_core import errors
@@ -95,9 +95,9 @@ def test_an_unknown_toy_is_an_error():
 
 def test_a_model_type_without_a_plugin_says_what_to_install():
     """An HF model whose type nobody provides names the package to install."""
-    config = OPTConfig(vocab_size=29, hidden_size=8, ffn_dim=12, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(errors.UnknownModelTypeError, match="opt"):
-        lens.load(OPTForCausalLM(config))
+    config = GPTJConfig(vocab_size=29, n_embd=8, n_inner=12, n_layer=1, n_head=2, rotary_dim=2)
+    with pytest.raises(errors.UnknownModelTypeError, match="gptj"):
+        lens.load(GPTJForCausalLM(config))
 
 
 def test_missing_and_corrupt_weights_are_errors(folder):

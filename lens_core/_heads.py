@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lens_core._attention import Override, attention_steps
 from lens_core._call import ModuleCall
-from lens_core._graph import explicit_where, with_gradient_of
+from lens_core._graph import explicit_where, gradients, with_gradient_of
 from lens_core._linear import linear_weight
 from lens_core._plan import ModuleStep, SlotStep
 from lens_core._views import Columns
@@ -118,8 +118,21 @@ class HeadInput:
         shown = columns.read(call.result, call.run)
         explicit = shown.clone()
         explicit[:, :, heads] = self._projected(part, copies, heads, heads, call)
-        bits = torch.where(copies.changed[..., None], explicit.detach(), shown.detach())
+        bits = torch.where(self._is_apart(copies, call)[..., None], explicit.detach(), shown.detach())
         return columns.write(call.result, with_gradient_of(explicit, bits) if copies.rerouted else bits)
+
+    def _is_apart(self, copies: "_Copies", call: ModuleCall) -> Bool[Tensor, "batch pos heads"]:
+        """Where a head does not hear the shared norm: its copy was changed there, or functions changed that norm.
+
+        Elsewhere an edited head keeps the model's bits, which are what its copy gives.
+        """
+        changed = copies.changed
+        if self.norm is None or not copies.edited:
+            return changed
+        with gradients(False):
+            own = call.run.module(self.norm).forward(copies.source)
+            heard = (call.input != own).any(-1, keepdim=True)
+        return changed | (heard & changed.any(1, keepdim=True).any(0, keepdim=True))
 
     def _override_of(self, part: str, copies: "_Copies", call: ModuleCall) -> Override:
         """Compute the keys or values that some query heads see, from their own copies."""
@@ -136,7 +149,7 @@ class HeadInput:
             values = _each_normed(module, whole, values, own, projection.norm_takes)
         rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
         norm = None if after is None else call.run.module(after)
-        changed = copies.changed[:, :, heads]
+        changed = self._is_apart(copies, call)[:, :, heads]
         return Override(heads=heads, values=values, changed=changed, edited=bool(edited), rotary=rotary, norm=norm)
 
     def _norm_whole(self, part: str, call: ModuleCall) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from lens_conformance.family import Family
 from lens_conformance.mutants import mutant
 from lens_core import (
+    _attention,
     _cache_sink,
     _context,
+    _heads,
     _inputs,
     _loading,
     _pieces,
@@ -108,6 +110,16 @@ def a_replacement_is_mixed_in(patch: Patch, family: Family) -> None:
         return (new + shown) / 2 if new.is_floating_point() else new
 
     around(patch, Watch, "_checked", mixed)
+
+
+@mutant(
+    "an edit takes the explicit path at positions where it changed nothing",
+    killers=("locality",),
+    needs=("attn.hook_pattern",),
+)
+def explicit_everywhere(patch: Patch, family: Family) -> None:
+    for module in (_attention, _heads):
+        patch.setattr(module, "explicit_where", lambda changed, explicit, own: explicit)
 
 
 @mutant("a function is told positions one too high", killers=("locality",))

@@ -24,17 +24,22 @@ from lens_core.errors import (
 )
 
 _LLAMA_KIN = (
-    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3",
-    "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
+    "flex_olmo", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
+    "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax",
+    "internlm3", "iquestcoder", "jais2", "llama", "mellum", "minimax_m2", "ministral", "ministral3", "mistral",
+    "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
 
 # Only to name what to install; a plugin serves whatever its own descriptor says.
 _KNOWN_PACKAGES = {
     "falcon_mamba": "lens-mamba",
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h"), "lens-hybrid"),
-    "gpt2": "lens-gpt2",
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), "lens-gpt2"),
     "mamba": "lens-mamba",
     "mamba2": "lens-mamba2",
+    **dict.fromkeys(("biogpt", "opt"), "lens-opt"),
     **dict.fromkeys(_LLAMA_KIN, "lens-llama"),
 }
 

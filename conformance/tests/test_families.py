@@ -13,7 +13,7 @@ OF_A_KIND = (
     *("gemma2", "olmo2", "phi3", "granite", "stablelm", "hunyuan_v1_dense", "persimmon", "cohere2", "gpt_bigcode"),
     *("opt", "mixtral", "granitemoeshared", "gpt_oss", "glm4_moe", "falcon_mamba", "jamba", "nemotron_h", "falcon_h1"),
 )
-BRIEF = ("runs", "declaration", "logits", "fires", "equations", "values", "edits", "weights", "split")
+BRIEF = ("runs", "declaration", "logits", "fires", "equations", "values", "purity", "edits", "weights", "split")
 
 
 def pytest_generate_tests(metafunc):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lens_core import _registry
 from lens_core.errors import AmbiguousArchitectureError, PluginError, UnknownModelTypeError
 from lens_core.testing import isolated_registry
 
@@ -58,6 +59,14 @@ def test_a_known_type_names_the_package_to_install(model_type, package):
             UnknownModelTypeError, match=f"'{model_type}'. pip install {package} brings it. Installed: none"
         ):
             registry.resolve(model_type)
+
+
+def test_every_type_that_is_published_here_names_its_package():
+    """Whoever lacks one plugin is told which."""
+    with isolated_registry(discover=True) as registry:
+        served = {name: record.distribution for record in registry.records for name in record.model_types}
+    known = _registry._KNOWN_PACKAGES
+    assert {name: package for name, package in served.items() if package in known.values()} == known
 
 
 def test_a_near_miss_is_offered(site):

@@ -13,7 +13,6 @@ from transformers import StaticCache
 
 import lens_core as lens
 from lens_core import errors
-from lens_core.plugin import declare
 
 OWN = [variant for variant in VARIANTS if variant not in KIN]  # the kit tries the others
 TOKENS = torch.randint(0, 28, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -64,24 +63,6 @@ def test_what_is_not_held_refuses_by_name(variant, field, value):
     setattr(hf_model.config, field, value)
     with pytest.raises(errors.UnsupportedConfigError, match=field):
         lens.load(hf_model)
-
-
-def test_noise_that_hf_writes_into_what_experts_read_refuses_in_training():
-    """In evaluation there is none."""
-    hf_model = tiny_llama("mixtral", attn="eager")
-    hf_model.config.router_jitter_noise = 0.1
-    model = lens.load(hf_model)
-    model(TOKENS)
-    model.train()
-    with pytest.raises(errors.InputError, match="router_jitter_noise"):
-        model(TOKENS)
-
-
-def test_a_checkpoint_may_reach_further_than_its_rotary_embeddings_say():
-    """Command R's do."""
-    config = copy.copy(tiny_llama("cohere").config)
-    config.model_max_length = 128
-    assert declare(DENSE["cohere"](config), config).cfg.n_ctx == 128
 
 
 # ---------------------------------------------------------------------- weights
@@ -418,25 +399,3 @@ def test_fields_that_hf_keeps_elsewhere_are_known(recwarn):
     assert not [one for one in recwarn if issubclass(one.category, errors.ConfigWarning)]
     config = transformers.Gemma3TextConfig(**tiny, sliding_window_pattern=2)
     assert lens.load(transformers.Gemma3ForCausalLM(config)).cfg.n_layers == 2
-
-
-# ---------------------------------------------------------------------- images beside the text
-
-
-def test_images_go_through_hf_s_own_call_and_the_hooks_see_them():
-    """Inside a block: `hook_embed` has the tokens' embeddings, the stream the image's in their place."""
-    from lens_conformance.families import known_families
-    from lens_conformance.oracle import new_pair
-
-    one = new_pair(known_families()["gemma3"])
-    ids = torch.randint(0, 28, (1, 9))
-    ids[0, 2:6] = one.config.image_token_id
-    given = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8), "token_type_ids": (ids == 28).long()}
-    with torch.no_grad():
-        expected = one.reference(**given).logits
-        with one.model.caching() as cache:
-            assert torch.equal(one.hf(**given).logits, expected)
-        moved = (cache["blocks.0.hook_resid_pre"] != cache["hook_embed"]).any(-1)[0]
-        assert moved.tolist() == (ids[0] == 28).tolist()
-        with one.model.hooks(fwd_hooks=[("blocks.1.hook_resid_mid", lambda x, hook: x * 0)]):
-            assert not torch.allclose(one.hf(**given).logits, expected, atol=0.1)

@@ -30,6 +30,7 @@ LensError
   StateError                  a state of a model's sequence that cannot be continued, copied or saved
     StateFileError            not a state file of ours, truncated, unsafe, or of another model
   WeightError                 a weight view that this model cannot give
+  MissingPackageError         what was asked for needs a package that is not installed (also an ImportError)
 LensWarning
   CostWarning                 what was asked for costs much memory
   PluginWarning               a plugin was left out
@@ -55,6 +56,7 @@ __all__ = [
     "LensError",
     "LensWarning",
     "LoadError",
+    "MissingPackageError",
     "ModelNotFoundError",
     "NotCachedError",
     "PaddingError",
@@ -196,6 +198,10 @@ class StateFileError(StateError):
 
 class WeightError(LensError):
     """A weight view that this model cannot give."""
+
+
+class MissingPackageError(LensError, ImportError):
+    """What was asked for needs a package that is not installed; the message says which."""
 
 
 class LensWarning(UserWarning):

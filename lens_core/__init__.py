@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lens_core._state import State
     from lens_core._watch import Hook
     from lens_core.cache import ActivationCache
+    from lens_core.factored import FactoredMatrix
     from lens_core.hook_points import HookPoint
     from lens_core.model import LensModel, load
 
@@ -65,6 +66,7 @@ __all__ = [
     "CostWarning",
     "EmptyFilterError",
     "EmptyInputError",
+    "FactoredMatrix",
     "Hook",
     "HookDidNotFireError",
     "HookError",
@@ -103,6 +105,7 @@ __all__ = [
 
 _LAZY = {  # name -> the module that defines it, or that it is
     "ActivationCache": "lens_core.cache",
+    "FactoredMatrix": "lens_core.factored",
     "Hook": "lens_core._watch",
     "HookPoint": "lens_core.hook_points",
     "LensModel": "lens_core.model",

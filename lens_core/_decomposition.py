@@ -206,7 +206,7 @@ def declaration_of(cache: "ActivationCache") -> Declaration:
     return model_of(cache).declaration
 
 
-def stream_name(cache: "ActivationCache", layer: int, *, mlp_input: bool = False) -> str:
+def stream_name(cache: "ActivationCache | LensModel", layer: int, *, mlp_input: bool = False) -> str:
     """Name the hook point of the stream that enters a block, its MLP, or the final norm."""
     if layer == cache.table.n_layers:
         return f"blocks.{layer - 1}.hook_resid_post"

@@ -18,8 +18,9 @@ from lens_core.errors import ArgumentError, TokenIdError
 
 if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
+    from lens_core.model import LensModel
 
-__all__ = ["logit_attrs", "logit_directions"]
+__all__ = ["logit_attrs", "logit_directions", "token_ids"]
 
 
 @checks_arguments
@@ -112,15 +113,24 @@ def _token_ids(cache: "ActivationCache", tokens: Any, incorrect_tokens: Any) -> 
     return right, wrong
 
 
-def _ids(cache: "ActivationCache", tokens: Any) -> Tensor:
-    model = model_of(cache)
+def token_ids(model: "LensModel", tokens: Any, device: torch.device | None = None) -> Tensor:
+    """Read one token or several, each as text or id.
+
+    Returns:
+        Ids in the shape of `tokens`.
+
+    Raises:
+        TokenizerError: Text that is not one token.
+        TokenIdError: An id outside the vocabulary.
+        ArgumentError: Neither text nor ids.
+    """
     if isinstance(tokens, str):
         tokens = model.to_single_token(tokens)
     elif isinstance(tokens, list | tuple):
         listed = cast("list[Any]", tokens)
         tokens = [model.to_single_token(token) if isinstance(token, str) else token for token in listed]
     try:
-        ids = torch.as_tensor(tokens, device=cache.device)
+        ids = torch.as_tensor(tokens, device=device)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
@@ -129,7 +139,11 @@ def _ids(cache: "ActivationCache", tokens: Any) -> Tensor:
     outside = ids[(ids < 0) | (ids >= d_vocab)]
     if outside.numel():
         raise TokenIdError(f"token id {int(outside[0])} is outside the vocabulary of {d_vocab}")
-    ids = ids.long()  # an 8-bit tensor would index as a mask
+    return ids.long()  # an 8-bit tensor would index as a mask
+
+
+def _ids(cache: "ActivationCache", tokens: Any) -> Tensor:
+    ids = token_ids(model_of(cache), tokens, cache.device)
     return ids.reshape(()) if ids.numel() == 1 else ids
 
 

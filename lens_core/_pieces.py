@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lens_core._declaration import Declaration
 from lens_core._text import Texts
-from lens_core.errors import WeightError
+from lens_core.errors import UnsupportedHookError, WeightError
 from lens_core.weights import WeightView, read_weight, stack_weight
 
 __all__ = ["Pieces"]
@@ -46,6 +46,30 @@ class Pieces(Texts):
     def unembed(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """Apply the unembedding to what the final norm hands on."""
         return self.bare_model.get_submodule(self.declaration.unembed)(normalized)
+
+    def finish_logits(self, unembedded: Float[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch tokens"]:
+        """Make logits of what the unembedding gives, for all tokens or some: HF's factor, soft cap and cast.
+
+        Raises:
+            UnsupportedHookError: The architecture does not say how.
+
+        Example:
+            >>> import torch, lens_core as lens
+            >>> model = lens.load("toy:gpt2")
+            >>> logits, cache = model.run_with_cache("the cat")
+            >>> final = model.unembed(model.ln_final(cache["resid_post", -1]))
+            >>> torch.allclose(model.finish_logits(final), logits, atol=1e-4)
+            True
+        """
+        made, given = (self.table[name].seam for name in ("hook_logits", "unembed.hook_out"))
+        if made == given:
+            return unembedded
+        if not hasattr(made, "finish"):
+            raise UnsupportedHookError(
+                f"{self.architecture.name} does not say how logits are made of the unembedding's output: its "
+                "'hook_logits' is not one of unembedding_points(..., finish=)"
+            )
+        return unembedded if made.finish is None else made.finish(unembedded)
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """Give one weight in TransformerLens' layout; a view of the live parameter.

@@ -18,6 +18,7 @@ from lens_core.errors import ArgumentError, CacheError, NotCachedError
 from lens_core.hook_points import HookTable
 
 if TYPE_CHECKING:
+    from lens_core.analysis.logit_lens import LogitLens
     from lens_core.model import LensModel
 
 __all__ = ["ActivationCache", "CacheSink", "Gradients"]
@@ -233,6 +234,12 @@ class ActivationCache(Entries):
     get_full_resid_decomposition = _components.get_full_resid_decomposition
     logit_attrs = _logit_attrs.logit_attrs
     logit_directions = _logit_attrs.logit_directions
+
+    def logit_lens(self, **options: Any) -> "LogitLens":
+        """Read the residual stream at each layer as a distribution; see `lens_core.analysis.logit_lens.logit_lens`."""
+        from lens_core.analysis.logit_lens import logit_lens
+
+        return logit_lens(self, **options)
 
     # ------------------------------------------------------------------ state-space layers
 

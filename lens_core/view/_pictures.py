@@ -117,6 +117,7 @@ def grid(
     columns: Sequence[str],
     values: object,
     *,
+    texts: Sequence[Sequence[str]] | None = None,
     title: str | None = None,
     unit: str = "",
     full: float | None = None,
@@ -127,12 +128,14 @@ def grid(
         rows: A name per row, from the top.
         columns: The text, one string per position, or other names.
         values: `[rows, columns]`; None or not finite: no value. With any negative one the colours diverge around 0.
+        texts: A token for each cell, `[rows, columns]`, written in it; none if absent.
         title: Stands above the picture.
         unit: What the numbers are, such as `nats`.
         full: The size of a value with the deepest colour; the largest one if absent.
 
     Raises:
-        ArgumentError: the values are not numbers, or not one for each cell, or `full` is not finite and above 0.
+        ArgumentError: the values are not numbers, values or texts are not one for each cell, or `full` is not finite
+            and above 0.
 
     Example:
         >>> picture = grid(["layer 0", "layer 1"], ["The", " cat"], [[1.0, 2.0], [3.0, None]])
@@ -142,18 +145,23 @@ def grid(
     if len(lines) != len(names):
         raise ArgumentError(f"grid: values has {len(lines)} rows where there are {len(names)} names.")
     cells = [_values.vector(line, len(words), f"grid: row {name}") for name, line in zip(names, lines, strict=True)]
+    said = [[""] * len(words) for _ in names] if texts is None else [list(line) for line in texts]
+    if [len(line) for line in said] != [len(words)] * len(names):
+        raise ArgumentError(f"grid: texts must be {len(names)} x {len(words)}, one for each cell.")
+    kind = "" if texts is None else " said"
     every = [value for line in cells for value in line]
     shades = _Shades.of(every, full, "grid")
     heads = "".join(f'<th scope="col"><span>{text(visible(word))}</span></th>' for word in words)
     body = "".join(
         f'<tr><th scope="row">{text(name)}</th>'
         + "".join(
-            f'<td class="lens-cell {shades.kind(value)}" style="--v:{shades.share(value):.3f}" '
-            f'title="{text(f"{name}, {_isolated(word, i)}: {shades.shown(value)}")}"></td>'
-            for i, (word, value) in enumerate(zip(words, line, strict=True))
+            f'<td class="lens-cell {shades.kind(value)}{kind}" style="--v:{shades.share(value):.3f}" '
+            f'title="{text(f"{name}, {_isolated(word, i)}: {shades.shown(value)}")}">'
+            f"{text(visible(own)) if kind else ''}</td>"
+            for i, (word, value, own) in enumerate(zip(words, line, own_line, strict=True))
         )
         + "</tr>"
-        for name, line in zip(names, cells, strict=True)
+        for name, line, own_line in zip(names, cells, said, strict=True)
     )
     content = (
         f'<div class="lens-scroll"><table class="lens-cells"><thead><tr><td></td>{heads}</tr></thead>'

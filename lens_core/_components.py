@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
 
 __all__ = [
+    "Onward",
     "compute_head_results",
     "get_full_resid_decomposition",
     "get_neuron_results",
+    "onward_of",
     "stack_head_results",
     "stack_neuron_results",
 ]
@@ -223,11 +225,11 @@ def get_full_resid_decomposition(
     for at, writer in writes:
         if writer == "hook_attn_out" and at in heads:
             _add_heads(parts, at)
-            bias.add("b_O", at, "ln1_post")
+            bias.add("b_O", at, writer)
     for at, writer in writes:
         if writer == "hook_mlp_out" and at in neurons and expand_neurons:
             _add_neurons(parts, at)
-            bias.add("b_out", at, "ln2_post")
+            bias.add("b_out", at, writer)
         elif writer != "hook_attn_out" or at not in heads:
             parts.add_writes([(at, writer)])
     parts.add_embeddings()
@@ -244,15 +246,15 @@ class _Bias:
         self._declared = {view.name for view in self._model.declaration.weights}
         self.total = parts.measure.part(torch.zeros(self._model.cfg.d_model, device=parts.cache.device))
 
-    def add(self, name: str, layer: int, norm: str) -> None:
+    def add(self, name: str, layer: int, writer: str) -> None:
         if name in self._declared:
-            onward = _onward(self._parts, layer, norm)
+            onward = onward_of(self._parts, layer, writer)
             vector = onward.rows(self._model.weight(name, layer).detach())
             self.total = self.total + onward.scaled(self._parts.measure.part(vector))
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class _Onward:
+class Onward:
     """What a branch's output goes through before it is added: a factor, and a post-norm at the run's own scale."""
 
     factor: float
@@ -273,12 +275,13 @@ class _Onward:
         return parts if self.scale is None else parts / self.scale.to(parts.device)
 
 
-def _onward(parts: Decomposition, layer: int, norm: str) -> _Onward:
+def onward_of(parts: Decomposition, layer: int, writer: str) -> Onward:
+    """Say what a writer's module output goes through; `writer` is its hook name below the block."""
     model = model_of(parts.cache)
-    writer = "hook_attn_out" if norm == "ln1_post" else "hook_mlp_out"
+    norm = "ln2_post" if writer == "hook_mlp_out" else "ln1_post"
     factor, name = model.declaration.factor_of(writer), f"blocks.{layer}.{norm}.hook_scale"
     if name not in parts.cache.table:
-        return _Onward(factor=factor)
+        return Onward(factor=factor)
     kind, module = (
         model.declaration.norms[norm].kind,
         model.bare_model.get_submodule(model.declaration.norms[norm].path.format(layer=layer)),
@@ -287,7 +290,7 @@ def _onward(parts: Decomposition, layer: int, norm: str) -> _Onward:
     zeros = torch.zeros(model.cfg.d_model, device=scale.device, dtype=torch.promote_types(scale.dtype, torch.float32))
     with torch.no_grad():
         gain = kind.affine(module, zeros + 1) - kind.affine(module, zeros)
-    return _Onward(factor=factor, gain=gain, centres=kind.centres, scale=scale)
+    return Onward(factor=factor, gain=gain, centres=kind.centres, scale=scale)
 
 
 def _layers_with(cache: "ActivationCache", part: str, *, needed: str = "") -> list[int]:
@@ -300,7 +303,7 @@ def _layers_with(cache: "ActivationCache", part: str, *, needed: str = "") -> li
 
 def _add_heads(parts: Decomposition, layer: int) -> None:
     """Take the heads of one layer."""
-    onward = _onward(parts, layer, "ln1_post")
+    onward = onward_of(parts, layer, "hook_attn_out")
     result = f"blocks.{layer}.attn.hook_result"
     if result in parts.cache:  # what the run had there, an edit included
         (value,) = parts.values(result, axis=-3)
@@ -324,13 +327,13 @@ def _add_neurons(parts: Decomposition, layer: int, neuron_slice: Any = None) -> 
     parts.add(onward.scaled(neurons), [f"L{layer}N{neuron}" for neuron in index])
 
 
-def _neurons(parts: Decomposition, layer: int) -> tuple[Tensor, Tensor, _Onward]:
+def _neurons(parts: Decomposition, layer: int) -> tuple[Tensor, Tensor, Onward]:
     """Give the activations `[batch, pos, neuron]`, each neuron's measured output `[neuron, x]`, and what follows it."""
     name = f"blocks.{layer}.mlp.hook_post"
     if name not in parts.cache.table:
         raise CacheError(f"block {layer} has no MLP neurons")
     (acts,) = parts.values(name)
-    onward = _onward(parts, layer, "ln2_post")
+    onward = onward_of(parts, layer, "hook_mlp_out")
     rows = parts.measure.rows(onward.rows(model_of(parts.cache).weight("W_out", layer).detach()))
     dtype = torch.promote_types(acts.dtype, rows.dtype)
     return acts.to(rows.device, dtype), rows.to(dtype), onward

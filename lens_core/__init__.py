@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lens_core.errors import (
     AmbiguousArchitectureError,
+    AnalysisFileError,
     ArgumentError,
     CacheError,
     CacheFileError,
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "AmbiguousArchitectureError",
+    "AnalysisFileError",
     "ArgumentError",
     "CacheError",
     "CacheFileError",

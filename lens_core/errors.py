@@ -29,6 +29,7 @@ LensError
     CacheFileError            not a cache file of ours, truncated, or unsafe
   StateError                  a state of a model's sequence that cannot be continued, copied or saved
     StateFileError            not a state file of ours, truncated, unsafe, or of another model
+  AnalysisFileError           not a file of a result of ours, truncated, unsafe, or of another model
   WeightError                 a weight view that this model cannot give
   MissingPackageError         what was asked for needs a package that is not installed (also an ImportError)
 LensWarning
@@ -39,6 +40,7 @@ LensWarning
 
 __all__ = [
     "AmbiguousArchitectureError",
+    "AnalysisFileError",
     "ArgumentError",
     "CacheError",
     "CacheFileError",
@@ -194,6 +196,10 @@ class StateError(LensError):
 
 class StateFileError(StateError):
     """A file is not a state of ours, is damaged or unsafe to read, or is of another model."""
+
+
+class AnalysisFileError(LensError):
+    """A file of a result, such as a steering vector, is not one of ours, is damaged, or is of another model."""
 
 
 class WeightError(LensError):

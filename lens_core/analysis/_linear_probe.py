@@ -41,14 +41,16 @@ class LinearProbe:
         classes: The labels, sorted.
         weights: In units of the activations: nothing has to be standardised before.
         bias: One for each row.
-        gap: Of two classes, how far apart their means lie along the probe's direction, in units of the activations;
-            NaN with more classes.
+        gaps: For each class, how far the mean of its examples lies from that of the others, along the direction
+            towards it; in units of the activations.
+        norm: Mean norm of the activations that it was fitted on.
     """
 
     classes: tuple[Any, ...]
     weights: Float[Tensor, "row width"] = attrs.field(repr=False)
     bias: Float[Tensor, " row"] = attrs.field(repr=False)
-    gap: float = float("nan")
+    gaps: tuple[float, ...] = attrs.field(repr=False)
+    norm: float = attrs.field(repr=False)
 
     @property
     def neurons(self) -> tuple[int, ...]:
@@ -73,6 +75,20 @@ class LinearProbe:
         Raises:
             ArgumentError: No such class, or None where there are more than two.
         """
+        row = self._index(label)
+        if len(self.classes) > 2:
+            return self.weights[row] / self.weights[row].norm()
+        return (1.0 if row == 1 else -1.0) * self.weights[0] / self.weights[0].norm()
+
+    def gap(self, label: Any = None) -> float:
+        """Give how far a class' mean lies from that of the other examples along `direction(label)`.
+
+        Raises:
+            ArgumentError: As for `direction`.
+        """
+        return self.gaps[self._index(label)]
+
+    def _index(self, label: Any) -> int:
         if label is None and len(self.classes) != 2:
             raise ArgumentError(
                 f"the probe has {len(self.classes)} classes; say which: {', '.join(map(str, self.classes))}"
@@ -80,9 +96,7 @@ class LinearProbe:
         label = self.classes[1] if label is None else label
         if label not in self.classes:
             raise ArgumentError(f"no class {label!r}; there are {', '.join(map(repr, self.classes))}")
-        row = self.weights[0] if len(self.classes) == 2 else self.weights[self.classes.index(label)]
-        sign = -1.0 if len(self.classes) == 2 and label == self.classes[0] else 1.0
-        return sign * row / row.norm()
+        return self.classes.index(label)
 
 
 def fit_probe(
@@ -99,11 +113,14 @@ def fit_probe(
     found = _difference(own, y) if recipe.kind == "difference" else _logistic(own, y, recipe.C)
     weights = torch.zeros(len(found[0]), x.shape[1], dtype=torch.float64)
     weights[:, chosen] = found[0]
-    gap = float("nan")
-    if len(classes) == 2:
-        along = x @ (weights[0] / weights[0].norm())
-        gap = float(along[y == 1].mean() - along[y == 0].mean())
-    return LinearProbe(classes=tuple(classes), weights=weights, bias=found[1], gap=gap)
+    probe = LinearProbe(
+        classes=tuple(classes), weights=weights, bias=found[1], gaps=(), norm=float(x.norm(dim=1).mean())
+    )
+    return attrs.evolve(probe, gaps=tuple(_gap(x @ probe.direction(one), y == i) for i, one in enumerate(classes)))
+
+
+def _gap(along: Tensor, own: Tensor) -> float:
+    return float(along[own].mean() - along[~own].mean())
 
 
 def _logistic(x: Tensor, y: Tensor, C: float) -> tuple[Tensor, Tensor]:

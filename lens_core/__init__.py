@@ -30,6 +30,7 @@ from lens_core.errors import (
     ModelNotFoundError,
     NotCachedError,
     PaddingError,
+    PassWarning,
     PluginError,
     PluginLoadError,
     PluginWarning,
@@ -46,7 +47,7 @@ from lens_core.errors import (
 )
 
 if TYPE_CHECKING:
-    from lens_core import edits, view
+    from lens_core import edits, passes, view
     from lens_core._state import State
     from lens_core._watch import Hook
     from lens_core.cache import ActivationCache
@@ -85,6 +86,7 @@ __all__ = [
     "ModelNotFoundError",
     "NotCachedError",
     "PaddingError",
+    "PassWarning",
     "PluginError",
     "PluginLoadError",
     "PluginWarning",
@@ -102,6 +104,7 @@ __all__ = [
     "__version__",
     "edits",
     "load",
+    "passes",
     "view",
 ]
 
@@ -114,6 +117,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "State": "lens_core._state",
     "edits": "lens_core.edits",
     "load": "lens_core.model",
+    "passes": "lens_core.passes",
     "view": "lens_core.view",
 }
 

@@ -1,9 +1,9 @@
 """Activation caches on disk: safetensors, with what is needed to read the names without the model.
 
 A file of ours says so in its metadata: `format`, `format_version`, `has_batch_dim`, `has_gaps`, `n_layers`, `points`
-(JSON: each name's axes and equation) and `aliases`; and where the values come from: model id and type, plugin,
-versions. Tensors stand under their canonical names, gradients under `NAME#grad`. Nothing is pickled, and nothing in a
-file is trusted.
+(JSON: each name's axes and equation) and `aliases`; and where the values come from: model id and type, passes over its
+weights, plugin, versions. Tensors stand under their canonical names, gradients under `NAME#grad`. Nothing is pickled,
+and nothing in a file is trusted.
 """
 
 import json
@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from lens_core._pass_log import applied_passes
 from lens_core._tensor_file import FileKind, origin
 from lens_core.errors import CacheFileError, UnknownHookError
 from lens_core.hook_points import HookPoint, HookTable
@@ -180,7 +181,7 @@ def _check_axes(point: HookPoint, value: Tensor, *, has_batch_dim: bool) -> None
 
 
 def check_fit(saved: SavedCache, model: Any, path: str | os.PathLike[str]) -> None:
-    """See that a cache could have come from a model: type, depth, names and sizes.
+    """See that a cache could have come from a model: type, depth, passes over its weights, names and sizes.
 
     Raises:
         CacheFileError: It could not; says why. That of another model of the same shape cannot be told.
@@ -191,6 +192,12 @@ def check_fit(saved: SavedCache, model: Any, path: str | os.PathLike[str]) -> No
         raise CacheFileError(
             f"{shown!r} is of a model of type {theirs[0]!r} with {theirs[1]} layers, and this model is of type "
             f"{cfg.model_type!r} with {cfg.n_layers}; give the model that was run, or none"
+        )
+    weights, ours = saved.metadata.get("passes", ""), ", ".join(applied_passes(model.bare_model))
+    if weights != ours:
+        raise CacheFileError(
+            f"{shown!r} is of weights after {weights[:200] or 'no pass'}, and this model's are after "
+            f"{ours or 'no pass'}; process the weights alike, or give no model"
         )
     for name, value in saved.tensors.items():
         try:

@@ -20,7 +20,7 @@ __all__ = ["copy_model", "deepcopy_model", "reduce_model"]
 
 def copy_model(model: "LensModel") -> "LensModel":
     """Give another lens model over the same HF model, with the same hooks added; those added later are its own."""
-    return _model(type(model), model.hf_model, model.tokenizer, model.declaration.cfg.model_name, model.added_hooks)
+    return _like(model, model.hf_model, model.tokenizer)
 
 
 def deepcopy_model(model: "LensModel", memo: dict[int, Any]) -> "LensModel":
@@ -30,7 +30,7 @@ def deepcopy_model(model: "LensModel", memo: dict[int, Any]) -> "LensModel":
         UnsupportedHookError: Hooks are on the HF model: inside a `hooks()` or `caching()` block.
     """
     hf_model, tokenizer = copy.deepcopy(model.hf_model, memo), copy.deepcopy(model.tokenizer, memo)
-    return _model(type(model), hf_model, tokenizer, model.declaration.cfg.model_name, model.added_hooks)
+    return _like(model, hf_model, tokenizer)
 
 
 def reduce_model(model: "LensModel", protocol: Any) -> tuple[Any, ...]:
@@ -51,10 +51,23 @@ def reduce_model(model: "LensModel", protocol: Any) -> tuple[Any, ...]:
                 "away by reset_hooks(including_permanent=True) first, or add one that stands in a module"
             ) from error
     name = model.declaration.cfg.model_name
-    return _model, (type(model), model.hf_model, model.tokenizer, name, list(model.added_hooks))
+    own = (list(model.added_hooks), model.default_prepend_bos)
+    return _model, (type(model), model.hf_model, model.tokenizer, name, *own)
 
 
-def _model(kind: type["LensModel"], hf_model: Any, tokenizer: Any, name: str, added: list[HookEntry]) -> "LensModel":
+def _like(model: "LensModel", hf_model: Any, tokenizer: Any) -> "LensModel":
+    name = model.declaration.cfg.model_name
+    return _model(type(model), hf_model, tokenizer, name, model.added_hooks, model.default_prepend_bos)
+
+
+def _model(
+    kind: type["LensModel"],
+    hf_model: Any,
+    tokenizer: Any,
+    name: str,
+    added: list[HookEntry],
+    prepend_bos: bool | None = None,
+) -> "LensModel":
     model = kind(declared_anew(hf_model, name), tokenizer)
-    model.added_hooks = list(added)
+    model.added_hooks, model.default_prepend_bos = list(added), prepend_bos
     return model

@@ -10,7 +10,7 @@ from lens_core._norms import NormKind
 from lens_core.hook_points import HookPoint
 from lens_core.weights import WeightView
 
-__all__ = ["CallInput", "Declaration", "LensConfig", "NormPlace"]
+__all__ = ["CallInput", "Declaration", "LensConfig", "NormPlace", "NormReaders", "WritingWeight"]
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +32,7 @@ class LensConfig:
     act_fn: str | None = None
     eps: float
     normalization_type: str
-    """`LN` or `RMS`; the weights are the checkpoint's own, with nothing folded."""
+    """`LN` or `RMS`; `LNPre` or `RMSPre` once gains and biases are folded into the weights that read them."""
     positional_embedding_type: str
     attn_only: bool = False
     gated_mlp: bool = False
@@ -93,6 +93,30 @@ class NormPlace:
     kind: NormKind
 
 
+@attrs.frozen(kw_only=True)
+class NormReaders:
+    """A norm and every weight that reads what it hands on, so that its gain can go into them.
+
+    A reader is the path of a linear module (`nn.Linear`, HF's `Conv1D`, a router with a bare weight), or of a parameter
+    that stacks experts, whose bias, if there is one, is called `NAME_bias`.
+    """
+
+    norm: NormPlace | None
+    """Its own path: no `{layer}`. None where these read the residual stream itself."""
+    readers: tuple[str, ...]
+    layer: int | None = None
+    """The block; None for the final norm."""
+
+
+@attrs.frozen(kw_only=True)
+class WritingWeight:
+    """A weight whose output is added to the residual stream, its bias with it; `path` as a reader of `NormReaders`."""
+
+    path: str
+    layer: int | None = None
+    """The block; None for an embedding."""
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class CallInput:
     """What one call of the HF model is about to be given, for the architecture to read."""
@@ -132,8 +156,16 @@ class Declaration:
     differ."""
     logit_factor: float = 1.0
     """What the unembedding's output is multiplied by to give the logits (Granite's `1 / logits_scaling`)."""
+    logit_cap: float | None = None
+    """The soft cap of the logits, `cap * tanh(logits / cap)`; None where there is none."""
     embeddings: tuple[str, ...]
     """Hook points that sum to the first block's input."""
+    readers: tuple[NormReaders, ...] = ()
+    """What reads each norm before a branch or the unembedding; passes over weights refuse a norm that is left out."""
+    writing_weights: tuple[WritingWeight, ...] = ()
+    """Every weight that writes to the residual stream: embeddings, and the last of each branch."""
+    rows_sum_to_one: bool = True
+    """Whether a row of the attention pattern sums to 1; not where there are sinks."""
     weights: tuple[WeightView, ...]
     mixer_kind: str = "mixer"
     """What the blocks' state-space mixers are, if there are any: `mamba` or `mamba2`."""

@@ -48,6 +48,8 @@ class Attn:
     qk_norm: QkNorm | None = None
     rotary: Collection[int] | None = None
     """The blocks whose queries and keys are rotated; None for all."""
+    has_sinks: bool = False
+    """Whether part of each row of the pattern goes to no position."""
 
 
 @attrs.frozen(kw_only=True)
@@ -84,6 +86,10 @@ class Moe:
     beside: str | None = None
     """A dense module of the block that reads what this one reads, and whose output is added to this one's by the block:
     then no module holds what the MLP returns, and there is no `mlp.hook_out`."""
+    reads: tuple[str, ...] = ("experts.gate_up_proj",)
+    """What reads the stream's norm besides the router: parameters and linear modules, below `path`."""
+    writes: tuple[str, ...] = ("experts.down_proj",)
+    """What the returned sum is made of, in the same way."""
     weights_dtype: str = "model"
     logits_dtype: str = "model"
 
@@ -100,6 +106,11 @@ class Mixer:
     aliases: Mapping[str, str] = attrs.field(factory=dict[str, str])
     """Further names of these places, both below the block."""
     weights: tuple[WeightView, ...] = ()
+    reads: tuple[str, ...] = ("in_proj",)
+    """The linear modules that read the stream's norm, below `path`."""
+    writes: tuple[str, ...] = ("out_proj",)
+    inner: NormKind | None = None
+    """The kind of the norm `norm` below `path` that `writes` read, where there is one."""
 
 
 @attrs.frozen(kw_only=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from lens_core._declaration import Declaration, LensConfig
 from lens_core._decoder import Decoder, Mixer
+from lens_core._decoder_flow import decoder_readers, decoder_writing
 from lens_core._decoder_points import decoder_norms, decoder_points, projections
 from lens_core._rotary import rotary_reach
 from lens_core._views import Columns
@@ -42,7 +43,11 @@ def declare(decoder: Decoder, config: Any) -> Declaration:
         writers=tuple(writer for branch, writer in _WRITERS.items() if branch in found),
         branch_factor=decoder.branch_scale,
         logit_factor=decoder.logit_scale / decoder.logit_divisor,
+        logit_cap=decoder.logit_cap,
         embeddings=("hook_embed",) if decoder.pos_embed is None else ("hook_embed", "hook_pos_embed"),
+        readers=tuple(decoder_readers(decoder, cfg)),
+        writing_weights=tuple(decoder_writing(decoder, cfg)),
+        rows_sum_to_one=not decoder.attn.has_sinks,
         weights=tuple(_weights(decoder, cfg)),
         mixer_kind="mixer" if mixer is None else mixer.kind,
         aliases={} if mixer is None else _aliases(decoder, mixer, cfg),

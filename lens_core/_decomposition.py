@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lens_core._declaration import Declaration, NormPlace
+from lens_core._pass_log import applied_passes
 from lens_core._positions import Positions, read_positions
 from lens_core.errors import ArgumentError, CacheError
 
@@ -192,11 +193,17 @@ def model_of(cache: "ActivationCache") -> "LensModel":
     """Give the model of a cache.
 
     Raises:
-        CacheError: It has none.
+        CacheError: It has none, or one whose weights went through other passes than when it was run.
     """
     if cache.model is None:
         raise CacheError(
             "this needs the model, and the cache has none: ActivationCache.load(path, model=model) gives it"
+        )
+    passes = applied_passes(cache.model.bare_model)
+    if passes != cache.passes:
+        raise CacheError(
+            f"the cache is of weights after {', '.join(cache.passes) or 'no pass'}, and the model's are now after "
+            f"{', '.join(passes) or 'no pass'}: run it again"
         )
     return cache.model
 

@@ -137,6 +137,8 @@ def _read_tokens(
     if is_text(given):
         if past.length and prepend_bos is None:
             prepend_bos = False  # a sequence has one beginning
+        if prepend_bos is None:
+            prepend_bos = model.default_prepend_bos
         if padding_side is None and (past.length or past.keeps_state):
             padding_side = "left" if past.keeps_state else "right"  # not between tokens
         encoded = _tokens.to_tokens(

@@ -10,7 +10,21 @@ from torch import Tensor, nn
 
 from lens_core._offload import loaded
 
-__all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "NormKind"]
+__all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "Gain", "NormKind"]
+
+
+@attrs.frozen(kw_only=True)
+class Gain:
+    """Where a norm keeps what its normalized input is multiplied by, and what is then added; parameters of the module.
+
+    A norm whose gain is 1 and whose bias is 0 hands on its normalized input: its weight is then `1 - offset`.
+    """
+
+    weight: str | None = "weight"
+    """The parameter; None where there is none, as in OLMo. One that is not there reads as ones."""
+    offset: float = 0.0
+    """What is added to the parameter to give the gain: 1 for Gemma."""
+    bias: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -26,6 +40,8 @@ class NormKind:
     """Whether the mean is subtracted first."""
     equation: str = "normalized * gain"
     """What the norm hands on."""
+    gain: Gain | None = None
+    """Where gain and bias are; None where nobody says: such a norm is not folded into the weights that read it."""
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -58,6 +74,7 @@ LAYER_NORM = NormKind(
     affine=_layer_norm_affine,
     centres=True,
     equation="normalized * gain + bias",
+    gain=Gain(bias="bias"),
 )
 
 
@@ -89,12 +106,13 @@ def _rms_affine_offset(module: Any, normalized: Float[Tensor, "*batch d_model"])
         return (_at_least_float32(normalized) * gain).to(normalized.dtype)
 
 
-RMS_NORM = NormKind(name="RMS", split=_rms_split, affine=_rms_affine, centres=False)
-RMS_NORM_GAIN_FIRST = NormKind(name="RMS", split=_rms_split, affine=_rms_affine_gain_first, centres=False)
+RMS_NORM = NormKind(name="RMS", split=_rms_split, affine=_rms_affine, centres=False, gain=Gain())
+RMS_NORM_GAIN_FIRST = NormKind(name="RMS", split=_rms_split, affine=_rms_affine_gain_first, centres=False, gain=Gain())
 RMS_NORM_OFFSET = NormKind(
     name="RMS",
     split=_rms_split,
     affine=_rms_affine_offset,
     centres=False,
     equation="normalized * (1 + gain)",
+    gain=Gain(offset=1.0),
 )

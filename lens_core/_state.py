@@ -22,6 +22,7 @@ from lens_core._hf_cache import (
     note_length,
     tensors_in,
 )
+from lens_core._pass_log import applied_passes
 from lens_core.errors import ArgumentError, StateError
 
 if TYPE_CHECKING:
@@ -330,6 +331,7 @@ _IMMATERIAL = (
     "problem_type",
     "return_dict",
     "task_specific_params",
+    "tie_word_embeddings",
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -349,8 +351,9 @@ def config_facts(hf_model: Any) -> dict[str, Any]:
 
 
 def facts(model: "Hooked") -> dict[str, Any]:
-    """Say what a state's meaning depends on: the dtype, and HF's config less what does not change a value."""
-    return {**model.config_facts, "dtype": str(model.bare_model.dtype)}
+    """Say what a state depends on: dtype, passes over the weights, and HF's config less what changes no value."""
+    passes = list(applied_passes(model.bare_model))
+    return {**model.config_facts, "dtype": str(model.bare_model.dtype), "passes": passes}
 
 
 def unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lens_core._pass_log import applied_passes
 from lens_core.errors import ArgumentError, LensError
 
 __all__ = ["FileKind", "origin"]
@@ -146,6 +147,7 @@ def origin(model: Any) -> dict[str, str]:
         "model": name,
         "model_type": model.cfg.model_type,
         "d_model": str(model.cfg.d_model),
+        "passes": ", ".join(applied_passes(model.bare_model)),
         "architecture": model.architecture.name,
         "plugin": "" if plugin is None else plugin.label,
         "lens_core": _version("lens-core"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lens_core import tokens as _tokens
 from lens_core._hooking import Hooked
+from lens_core._inputs import is_text
 
 __all__ = ["Texts"]
 
@@ -18,9 +19,18 @@ class Texts(Hooked):
 
     Attributes:
         tokenizer: HF's tokenizer, or None.
+        default_prepend_bos: What `prepend_bos=None` means for text, in every method: None does what the tokenizer does,
+            True makes exactly one BOS, as TransformerLens does, False none.
     """
 
     tokenizer: Any
+    default_prepend_bos: bool | None = None
+
+    def _bos(self, input: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Give options with this model's rule for BOS, where text came without one."""
+        if options.get("prepend_bos") is None and self.default_prepend_bos is not None and is_text(input):
+            return {**options, "prepend_bos": self.default_prepend_bos}
+        return options
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
         """Give one weight in TransformerLens' layout."""
@@ -28,7 +38,7 @@ class Texts(Hooked):
 
     def to_tokens(self, input: Any, **options: Any) -> Int[Tensor, "batch pos"]:
         """Turn text into token ids on the model's device; see `lens_core.tokens.to_tokens`."""
-        return _tokens.to_tokens(self.tokenizer, input, device=self.input_device, **options).tokens
+        return _tokens.to_tokens(self.tokenizer, input, device=self.input_device, **self._bos(input, options)).tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """Turn token ids into text: one string, or one for each row."""
@@ -36,7 +46,7 @@ class Texts(Hooked):
 
     def to_str_tokens(self, input: Any, **options: Any) -> Any:
         """Give each token as text."""
-        return _tokens.to_str_tokens(self.tokenizer, input, **options)
+        return _tokens.to_str_tokens(self.tokenizer, input, **self._bos(input, options))
 
     def to_single_token(self, string: str) -> int:
         """Give the id of a string that is one token.
@@ -52,7 +62,7 @@ class Texts(Hooked):
 
     def get_token_position(self, single_token: str | int, input: Any, **options: Any) -> int:
         """Find a token in text or ids: its first or last position."""
-        return _tokens.get_token_position(self.tokenizer, single_token, input, **options)
+        return _tokens.get_token_position(self.tokenizer, single_token, input, **self._bos(input, options))
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
         """Give the direction whose dot product with the final norm's output is the token's logit (less `b_U`).

@@ -1,5 +1,6 @@
-"""What is asked of an HF tokenizer: finding one, encoding, decoding. Nothing here sets an attribute of it."""
+"""What is asked of an HF tokenizer: finding one, encoding, decoding. Nothing here changes one that it is given."""
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -87,6 +88,14 @@ def _check_hub(name: str, options: Mapping[str, Any]) -> None:
     from huggingface_hub import HfApi
 
     HfApi().model_info(name, revision=options.get("revision"), token=options.get("token"), timeout=_HUB_TIMEOUT)
+
+
+def with_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """Give a tokenizer that has a BOS: where it has none, a copy whose EOS is both, as TransformerLens has it."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -12,6 +12,7 @@ from lens_core._arguments import checks_arguments
 from lens_core._cache_sink import CacheSink, moved
 from lens_core._decomposition import sliced
 from lens_core._entries import Entries, Gradients
+from lens_core._pass_log import applied_passes
 from lens_core._positions import leaves_gaps, read_positions
 from lens_core.analysis import ssm_attention
 from lens_core.errors import ArgumentError, CacheError, NotCachedError
@@ -33,6 +34,7 @@ class ActivationCache(Entries):
 
     Attributes:
         model: The model that was run; None for a cache read from a file without one.
+        passes: Names of the passes that the model's weights had gone through then.
         table: The hook points that names are resolved by.
         grad: Gradients at the same hook points, where they were asked for.
         has_batch_dim: False after `remove_batch_dim`.
@@ -63,6 +65,7 @@ class ActivationCache(Entries):
         self._derived: set[str] = set()
         self.table = table
         self.model = model
+        self.passes = () if model is None else applied_passes(model.bare_model)
         self.has_batch_dim = has_batch_dim
         self.has_gaps = False
         self.grad = Gradients(gradients or {}, table=table, has_batch_dim=has_batch_dim, is_from_file=model is None)
@@ -214,7 +217,7 @@ class ActivationCache(Entries):
             gradients={name: take(name, self.grad[name]) for name in self.grad},
             metadata=self.metadata,
         )
-        new.has_gaps = self.has_gaps
+        new.has_gaps, new.passes = self.has_gaps, self.passes
         return new
 
     def _is_ours(self, name: str) -> bool:

@@ -30,12 +30,13 @@ LensError
   StateError                  a state of a model's sequence that cannot be continued, copied or saved
     StateFileError            not a state file of ours, truncated, unsafe, or of another model
   AnalysisFileError           not a file of a result of ours, truncated, unsafe, or of another model
-  WeightError                 a weight view that this model cannot give
+  WeightError                 a weight view that this model cannot give, or a pass that does not hold for it
   MissingPackageError         what was asked for needs a package that is not installed (also an ImportError)
 LensWarning
   CostWarning                 what was asked for costs much memory
   PluginWarning               a plugin was left out
   ConfigWarning               config keys that nobody knows were ignored
+  PassWarning                 a weight pass had nothing to do
 """
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "ModelNotFoundError",
     "NotCachedError",
     "PaddingError",
+    "PassWarning",
     "PluginError",
     "PluginLoadError",
     "PluginWarning",
@@ -203,7 +205,7 @@ class AnalysisFileError(LensError):
 
 
 class WeightError(LensError):
-    """A weight view that this model cannot give."""
+    """A weight view that this model cannot give, or a weight pass that does not hold for it."""
 
 
 class MissingPackageError(LensError, ImportError):
@@ -224,3 +226,7 @@ class PluginWarning(LensWarning):
 
 class ConfigWarning(LensWarning):
     """Config keys unknown to HF were ignored."""
+
+
+class PassWarning(LensWarning):
+    """A weight pass was applied before, and had nothing to do."""

@@ -1,12 +1,13 @@
 """`load` and `LensModel`: HF's own model, with hook points."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import attrs
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
@@ -15,15 +16,18 @@ from lens_core._declaration import LensConfig
 from lens_core._hf_cache import cache_in, note_length
 from lens_core._inputs import Inputs, read_input, token_loss
 from lens_core._loading import Loaded, load_hf, tokenizer_options
+from lens_core._pass_log import PassRecord, applied_passes, log_of
 from lens_core._pieces import Pieces
 from lens_core._plan import StopForward
 from lens_core._positions import read_positions
 from lens_core._state import extended, fills_cache, read_past
 from lens_core._state_file import load_state, save_state
+from lens_core._tokenizer import with_bos
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError, InputError
 from lens_core.generation import generate, generate_stream
 from lens_core.hook_points import NameFilter
+from lens_core.passes import process_loaded, process_weights, read_process, undo_passes
 
 __all__ = ["LensModel", "load"]
 
@@ -41,6 +45,7 @@ def load(
     attn_implementation: str | None = None,
     tokenizer: Any = None,
     strict: bool = True,
+    process: Any = None,
     **from_pretrained: Any,
 ) -> "LensModel":
     """Load a language model.
@@ -55,6 +60,10 @@ def load(
         tokenizer: A tokenizer, its id or folder, or False for none; None looks beside the model. Without one, token
             ids still work.
         strict: False loads a config with fields that the architecture does not hold; nothing then vouches for values.
+        process: None leaves HF's own numbers. A sequence of `lens_core.passes`, or of their names, applies these, and
+            is refused where one does not hold. `"transformerlens"` brings that library's defaults, for what was made
+            with it: the passes of `model.process_weights()` that hold, BOS before every text, and float32 where no
+            dtype is given. A model in memory is copied first. The original weights are not kept.
         **from_pretrained: Passed to HF's `from_pretrained`, such as `gguf_file`, the name of a GGUF file in the folder
             (needs the package gguf; HF turns its weights into full ones).
 
@@ -65,6 +74,7 @@ def load(
         WeightsError: Weights are missing or corrupt.
         LoadError: Reading the checkpoint needs a package that is not installed.
         ArgumentError: Options that contradict each other.
+        WeightError: A pass that was asked for does not hold for this model.
 
     Example:
         >>> import lens_core as lens
@@ -72,6 +82,8 @@ def load(
         >>> model.cfg.n_layers
         2
     """
+    read_process(process)
+    is_theirs = process == "transformerlens"
     options = {
         "device_map": device_map,
         "revision": revision,
@@ -79,18 +91,29 @@ def load(
         **from_pretrained,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    if is_theirs and dtype is None and not isinstance(source, nn.Module):
+        dtype = torch.float32
     loaded = load_hf(source, strict=strict, dtype=dtype, device=device, options=options)
     found = None
     if tokenizer is not False:
         found = _tokens.find_tokenizer(loaded.tokenizer_source, tokenizer, **tokenizer_options(options, tokenizer))
-    return LensModel(loaded, found)
+    model = LensModel(loaded, found)
+    if process is None:
+        return model
+    if isinstance(source, nn.Module):
+        model = copy.deepcopy(model)
+    process_loaded(model, process)
+    if is_theirs and found is not None:
+        model.tokenizer = with_bos(model.tokenizer)
+        model.default_prepend_bos = model.tokenizer.bos_token_id is not None
+    return model
 
 
 class LensModel(Pieces):
     """An HF language model whose activations have names.
 
-    Make one by `load`. The HF model is `hf_model`; it is never wrapped or changed, and outside of hooked runs nothing
-    of ours is on it.
+    Make one by `load`. The HF model is `hf_model`; it is never wrapped, its weights are changed by passes that you ask
+    for alone, and outside of hooked runs nothing of ours is on it.
 
     Attributes:
         hf_model: HF's own model.
@@ -106,14 +129,33 @@ class LensModel(Pieces):
     def __repr__(self) -> str:
         """Show the model and its rule for BOS."""
         cfg = self.cfg
-        bos = "no tokenizer" if self.tokenizer is None else "BOS as the tokenizer does"
+        rules = {None: "BOS as the tokenizer does", True: "BOS before every text", False: "no BOS"}
+        bos = "no tokenizer" if self.tokenizer is None else rules[self.default_prepend_bos]
         size = f"{cfg.n_layers} layers, d_model {cfg.d_model}"
-        return f"LensModel({cfg.model_name!r}, {size}, {cfg.dtype}, {cfg.device}, {bos})"
+        applied = applied_passes(self.bare_model)
+        passes = f", weights after {', '.join(applied)}" if applied else ""
+        return f"LensModel({cfg.model_name!r}, {size}, {cfg.dtype}, {cfg.device}, {bos}{passes})"
 
     @property
     def cfg(self) -> LensConfig:
         """Dimensions and kinds, under TransformerLens' names; read-only."""
-        return attrs.evolve(self.declaration.cfg, dtype=self.bare_model.dtype, device=self.input_device)
+        own = self.declaration.cfg
+        is_folded = "fold_ln" in applied_passes(self.bare_model)
+        kind = f"{own.normalization_type}Pre" if is_folded else own.normalization_type
+        dtype, device = self.bare_model.dtype, self.input_device
+        return attrs.evolve(own, dtype=dtype, device=device, normalization_type=kind)
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        """What `lens_core.passes` did to the weights, in order, and which were left out and why.
+
+        Example:
+            >>> import lens_core as lens
+            >>> model = lens.load("toy:llama", process="transformerlens")
+            >>> [record.name for record in model.passes if record.skipped]
+            ['center_writing_weights']
+        """
+        return tuple(log_of(self.bare_model).records)
 
     def layer_types(self) -> tuple[str, ...]:
         """Say what each block is: `attention`, `mamba`, `mamba2`, two of them joined by `+`, or `mlp` alone.
@@ -351,6 +393,8 @@ class LensModel(Pieces):
     __reduce_ex__ = reduce_model
     generate = generate
     generate_stream = generate_stream
+    process_weights = process_weights
+    undo_passes = undo_passes
     save_state = save_state
     load_state = load_state
 

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from lens_core._call import ModuleCall
     from lens_core._contract import point
     from lens_core._convolution import convolution, convolution_step
-    from lens_core._declaration import CallInput, Declaration, LensConfig, NormPlace
+    from lens_core._declaration import CallInput, Declaration, LensConfig, NormPlace, NormReaders, WritingWeight
     from lens_core._decoder import Attn, Decoder, Mixer, Mlp, Moe, QkNorm
     from lens_core._decoder_weights import declare
     from lens_core._functions import Slot, function_slot
     from lens_core._graph import with_gradient_of
     from lens_core._mixer import InsideMixer, MixerCall, MixerKernel
-    from lens_core._norms import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, NormKind
+    from lens_core._norms import LAYER_NORM, RMS_NORM, RMS_NORM_GAIN_FIRST, RMS_NORM_OFFSET, Gain, NormKind
     from lens_core._offload import loaded
     from lens_core._plan import ModuleStep, Run, SlotStep
     from lens_core._points import head_input_points, norm_points, projection_points, unembedding_points
@@ -86,6 +86,7 @@ __all__ = [
     "Decoder",
     "Embedding",
     "ExpertOutput",
+    "Gain",
     "HeadInput",
     "HeadResult",
     "HeadsFirst",
@@ -104,6 +105,7 @@ __all__ = [
     "NormInside",
     "NormKind",
     "NormPlace",
+    "NormReaders",
     "Projection",
     "QkNorm",
     "Router",
@@ -120,6 +122,7 @@ __all__ = [
     "Watch",
     "WeightView",
     "Whole",
+    "WritingWeight",
     "convolution",
     "convolution_step",
     "declare",
@@ -140,9 +143,12 @@ __all__ = [
 _LAZY = {  # name -> the module that defines it
     **dict.fromkeys(("Attn", "Decoder", "Mixer", "Mlp", "Moe", "QkNorm"), "lens_core._decoder"),
     "declare": "lens_core._decoder_weights",
-    **dict.fromkeys(("CallInput", "Declaration", "LensConfig", "NormPlace"), "lens_core._declaration"),
     **dict.fromkeys(
-        ("LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "NormKind"), "lens_core._norms"
+        ("CallInput", "Declaration", "LensConfig", "NormPlace", "NormReaders", "WritingWeight"),
+        "lens_core._declaration",
+    ),
+    **dict.fromkeys(
+        ("LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "Gain", "NormKind"), "lens_core._norms"
     ),
     # For a seam of a plugin's own: an object with `group` and `steps`, as those of `lens_core.seams`.
     **dict.fromkeys(("ModuleStep", "Run", "SlotStep"), "lens_core._plan"),

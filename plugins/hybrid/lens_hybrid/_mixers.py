@@ -104,6 +104,7 @@ def dual(
             ),
             aliases={} if norm == "none" else mamba2.ALIASES,
             weights=tuple(mamba2.mixer_weights(whole, layers=layers, has_norm=norm != "none")),
+            inner=None if norm == "none" else RMS_NORM,
         ),
         "sizes": {**sizes, "d_inner": sizes["ssm_heads"] * sizes["head_dim"]},
         "read_call": read_call if layers else None,

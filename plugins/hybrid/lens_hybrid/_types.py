@@ -116,6 +116,8 @@ def _nemotron(config: Any) -> Decoder:
         path="mixer",
         n_experts=config.n_routed_experts,
         per_token=config.num_experts_per_tok,
+        reads=("experts.up_proj" if latent is None else "fc1_latent_proj", "shared_experts.up_proj"),
+        writes=("experts.down_proj" if latent is None else "fc2_latent_proj", "shared_experts.down_proj"),
         weights_dtype="float32",
         logits_dtype="float32",
     )

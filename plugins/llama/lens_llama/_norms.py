@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens_core.plugin import LAYER_NORM, NormKind, loaded
+from lens_core.plugin import LAYER_NORM, Gain, NormKind, loaded
 
 __all__ = ["LAYER_NORM_OFFSET", "LAYER_NORM_PLAIN", "LAYER_NORM_UNBIASED"]
 
@@ -36,14 +36,28 @@ def _offset(module: Any, normalized: Tensor) -> Tensor:
 
 
 LAYER_NORM_PLAIN = NormKind(
-    name="LN", split=_split(lambda module: 1e-5), affine=_same, centres=True, equation="normalized"
+    name="LN",
+    split=_split(lambda module: 1e-5),
+    affine=_same,
+    centres=True,
+    equation="normalized",
+    gain=Gain(weight=None),
 )
 """OLMo's, without parameters; its eps is a literal in `OlmoLayerNorm.forward`."""
 LAYER_NORM_UNBIASED = NormKind(
-    name="LN", split=_split(lambda module: module.variance_epsilon), affine=_unbiased, centres=True
+    name="LN",
+    split=_split(lambda module: module.variance_epsilon),
+    affine=_unbiased,
+    centres=True,
+    gain=Gain(),
 )
 """Cohere's."""
 LAYER_NORM_OFFSET = NormKind(
-    name="LN", split=LAYER_NORM.split, affine=_offset, centres=True, equation="normalized * (1 + gain) + bias"
+    name="LN",
+    split=LAYER_NORM.split,
+    affine=_offset,
+    centres=True,
+    equation="normalized * (1 + gain) + bias",
+    gain=Gain(offset=1.0, bias="bias"),
 )
 """Nemotron's (`NemotronLayerNorm1P`)."""

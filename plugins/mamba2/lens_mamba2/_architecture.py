@@ -19,8 +19,10 @@ from lens_core.plugin import (
     ModuleInput,
     ModuleOutput,
     NormPlace,
+    NormReaders,
     Tokens,
     WeightView,
+    WritingWeight,
     norm_points,
     point,
     unembedding_points,
@@ -68,6 +70,8 @@ def Mamba2(config: Any) -> Declaration:
         points=tuple(_points(config, stream)),
         writers=("hook_mixer_out",),
         embeddings=("hook_embed",),
+        readers=tuple(_readers(cfg.n_layers)),
+        writing_weights=tuple(_writing(cfg.n_layers)),
         weights=tuple(_weights()),
         mixer_kind="mamba2",
         aliases={
@@ -105,6 +109,22 @@ def _block(config: Any, layer: int, stream: str) -> Iterator[HookPoint]:
     )
     yield here("hook_mixer_out", ModuleOutput(path=f"{hf}.mixer"), equation="gated W_out_proj + b_out_proj")
     yield here("hook_resid_post", ModuleOutput(path=hf), equation="resid_pre + mixer_out", dtype=stream)
+
+
+def _readers(n_layers: int) -> Iterator[NormReaders]:
+    for layer in range(n_layers):
+        block, mixer = BLOCK.format(layer=layer), MIXER.format(layer=layer)
+        norm = NormPlace(path=f"{block}.norm", kind=RMS_NORM)
+        yield NormReaders(norm=norm, readers=(f"{mixer}.in_proj",), layer=layer)
+        gated = NormPlace(path=f"{mixer}.norm", kind=RMS_NORM)
+        yield NormReaders(norm=gated, readers=(f"{mixer}.out_proj",), layer=layer)
+    yield NormReaders(norm=NORMS["ln_final"], readers=("lm_head",))
+
+
+def _writing(n_layers: int) -> Iterator[WritingWeight]:
+    yield WritingWeight(path="backbone.embeddings")
+    for layer in range(n_layers):
+        yield WritingWeight(path=f"{MIXER.format(layer=layer)}.out_proj", layer=layer)
 
 
 def _weights() -> Iterator[WeightView]:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from lens_core._declaration import Declaration
 from lens_core._text import Texts
+from lens_core._weight_methods import view_of, whole_stack
 from lens_core.errors import UnsupportedHookError, WeightError
-from lens_core.weights import WeightView, read_weight, stack_weight
+from lens_core.weights import read_weight
 
 __all__ = ["Pieces"]
 
@@ -71,12 +72,14 @@ class Pieces(Texts):
             )
         return unembedded if made.finish is None else made.finish(unembedded)
 
-    def weight(self, name: str, layer: int | None = None) -> Tensor:
+    def weight(self, name: str, layer: int | None = None, *, dequantize: bool = False) -> Tensor:
         """Give one weight in TransformerLens' layout; a view of the live parameter.
 
         Args:
             name: One of `weight_names`.
             layer: The block, 0-based, negative from the end; None for what is outside of the blocks.
+            dequantize: Whether a quantised weight is turned into the full one that it stands for, by the library that
+                quantised it: a copy. Plain weights stay views.
 
         Raises:
             WeightError: No such weight, no such layer, or a weight that cannot be shown (quantised, on meta).
@@ -85,7 +88,7 @@ class Pieces(Texts):
         if layer is not None and not -n_layers <= layer < n_layers:
             raise WeightError(f"{name} of block {layer!r}: this model has blocks 0 to {n_layers - 1}")
         layer = None if layer is None else layer % n_layers
-        return read_weight(self._view(name), self.bare_model.get_submodule, layer)
+        return read_weight(view_of(self, name), self.bare_model.get_submodule, layer, dequantize=dequantize)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -98,16 +101,11 @@ class Pieces(Texts):
         """
         return tuple(self._views)
 
-    def _view(self, name: str) -> WeightView:
-        if name not in self._views:
-            raise WeightError(f"no weight {name!r} in {self.architecture.name}; there are {', '.join(self._views)}")
-        return self._views[name]
-
     def __getattr__(self, name: str) -> Any:
         """Give a stacked weight (`W_Q`, `b_O`, ...), or an attribute of `torch.nn.Module` from the HF model."""
         views = self.__dict__.get("_views", {})
         if name in views:
-            return stack_weight(views[name], self.bare_model.get_submodule, self.declaration.cfg.n_layers)
+            return whole_stack(self, name)
         if name in _MODULE_ATTRIBUTES:
             return getattr(self.hf_model, name)
         if name.startswith(("W_", "b_")):

@@ -32,7 +32,7 @@ class Texts(Hooked):
             return {**options, "prepend_bos": self.default_prepend_bos}
         return options
 
-    def weight(self, name: str, layer: int | None = None) -> Tensor:
+    def weight(self, name: str, layer: int | None = None, *, dequantize: bool = False) -> Tensor:
         """Give one weight in TransformerLens' layout."""
         raise NotImplementedError
 

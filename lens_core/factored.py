@@ -16,6 +16,9 @@ from lens_core.errors import ArgumentError
 
 __all__ = ["FactoredMatrix"]
 
+_torch: Any = torch  # partly untyped
+_linalg: Any = torch.linalg
+
 
 class FactoredMatrix:
     """The product `A @ B` with its factors kept apart, for any leading axes; TransformerLens' class, with its names.
@@ -57,7 +60,7 @@ class FactoredMatrix:
                 f"A is {A.dtype} on {A.device} and B {B.dtype} on {B.device}; give both one dtype and device"
             )
         try:
-            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+            leading: tuple[int, ...] = _torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
         except RuntimeError as error:
             raise ArgumentError(
                 f"the leading axes of A {list(A.shape)} and B {list(B.shape)} do not broadcast"
@@ -167,13 +170,13 @@ class FactoredMatrix:
             True
         """
         left, core, right = self._orthogonal()
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+        U, S, Vh = _linalg.svd(core, full_matrices=False)
         return left @ U, S, Vh @ right.mT
 
     def _orthogonal(self) -> tuple[Tensor, Tensor, Tensor]:
         """Give Q1, core and Q2 with `AB = Q1 core Q2^T`, of orthonormal columns, in at least float32."""
-        left, left_rest = torch.linalg.qr(_wide(self.A))
-        right, right_rest = torch.linalg.qr(_wide(self.B).mT)
+        left, left_rest = _linalg.qr(_wide(self.A))
+        right, right_rest = _linalg.qr(_wide(self.B).mT)
         return left, left_rest @ right_rest.mT, right
 
     @property
@@ -184,7 +187,7 @@ class FactoredMatrix:
     @property
     def S(self) -> Float[Tensor, "*leading k"]:
         """Singular values, largest first; from a new `svd()` each time."""
-        return torch.linalg.svdvals(self._orthogonal()[1])
+        return _linalg.svdvals(self._orthogonal()[1])
 
     @property
     def Vh(self) -> Float[Tensor, "*leading k rdim"]:
@@ -198,11 +201,11 @@ class FactoredMatrix:
         Raises:
             ArgumentError: The matrix is not square.
         """
-        return torch.linalg.eigvals(_wide(self.BA))
+        return _linalg.eigvals(_wide(self.BA))
 
     def norm(self) -> Float[Tensor, "*leading"]:
         """Give the Frobenius norm of each matrix, in at least float32."""
-        return torch.linalg.matrix_norm(self._orthogonal()[1])
+        return _linalg.matrix_norm(self._orthogonal()[1])
 
     def make_even(self) -> "FactoredMatrix":
         """Give the same matrix with factors `U sqrt(S)` and `sqrt(S) Vh`: of equal singular values, and orthogonal."""

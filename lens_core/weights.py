@@ -4,7 +4,7 @@ A view is declared by the module that holds the weight, the columns of it, and a
 seen as `[in, out]`, whichever way HF stores them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lens_core._offload import has_placement, loaded
+from lens_core._quantised import dequantised, is_plain
 from lens_core._views import Columns
 from lens_core.errors import WeightError
 
@@ -78,8 +79,17 @@ def weight_and_bias(
     yield WeightView(name=f"b_{name}", path=path, part="bias", columns=columns, layers=layers)
 
 
-def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer: int | None = None) -> Tensor:
+def read_weight(
+    view: WeightView, find_module: Callable[[str], nn.Module], layer: int | None = None, *, dequantize: bool = False
+) -> Tensor:
     """Read one weight: a view of the live parameter, or a loaded copy where the module is offloaded.
+
+    Args:
+        view: Where it is.
+        find_module: Gives a module by its path.
+        layer: The block.
+        dequantize: Whether a quantised weight is turned into the full one that it stands for, a copy, by the library
+            that quantised it.
 
     Raises:
         WeightError: A layer is missing, or the module is quantised or adapted and its weight is not a plain matrix.
@@ -90,11 +100,7 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
         raise WeightError(f"block {layer} has no {view.name}; blocks {', '.join(map(str, view.layers))} have")
     module: Any = find_module(view.path.format(layer=layer))
     with loaded(module):
-        tensor: Any = getattr(module, view.part, None)
-        if tensor is None and view.part == "bias":
-            tensor = torch.zeros(_n_outputs(module), dtype=module.weight.dtype, device=module.weight.device)
-        else:
-            tensor = _plain(tensor, view, module)
+        tensor = _parameter(view, module, dequantize=dequantize)
     if view.columns is not None:
         tensor = view.columns.pick(tensor)
     if view.function is not None:
@@ -102,18 +108,58 @@ def read_weight(view: WeightView, find_module: Callable[[str], nn.Module], layer
     return rearrange(tensor, view.pattern, **view.sizes) if view.pattern else tensor
 
 
-def _plain(tensor: Any, view: WeightView, module: nn.Module) -> Tensor:
-    """See that a parameter is an ordinary tensor that is there; linear weights turn to `[in, out]`."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+def _parameter(view: WeightView, module: Any, *, dequantize: bool) -> Tensor:
+    """Give the parameter as an ordinary tensor that is there; linear weights turn to `[in, out]`."""
+    if hasattr(module, "base_layer"):
         raise WeightError(
-            f"{view.name} of {type(module).__name__} is quantised or replaced; it has no plain weight to show. "
-            "Dequantise the model before taking weights apart"
+            f"{view.name} is under an adapter ({type(module).__name__}), which adds to the weight that it wraps; merge "
+            "the adapter into the model before taking weights apart"
         )
+    tensor: Any = getattr(module, view.part, None)
+    if view.part == "bias":
+        tensor = (
+            tensor() if callable(tensor) and not isinstance(tensor, Tensor) else tensor
+        )  # torch's quantised modules
+        tensor = _no_bias(module) if tensor is None else tensor
+    tensor = _full(tensor, view, module, dequantize=dequantize)
     if tensor.is_meta:
         raise WeightError(f"{view.name} is on the meta device: the model has no weights loaded")
-    if isinstance(module, nn.Linear) and view.part == "weight":
+    if view.part == "weight" and _is_linear(module, tensor):
         tensor = tensor.T
     return tensor.clone() if has_placement(module) else tensor  # a loaded copy: the module goes back to the meta device
+
+
+def _full(tensor: Any, view: WeightView, module: nn.Module, *, dequantize: bool) -> Tensor:
+    if is_plain(tensor, module if view.part == "weight" else None):
+        return tensor
+    found = dequantised(tensor, module) if dequantize else None
+    if found is None:
+        kind = type(module).__name__ if type(tensor) in _PLAIN else f"{type(module).__name__} ({type(tensor).__name__})"
+        hint = (
+            "nothing here dequantises it; load the model dequantised (HF's quantisation configs take dequantize=True), "
+            "or dequantise hf_model"
+            if dequantize
+            else "model.weight(name, layer, dequantize=True) gives the full weight that it stands for, as a copy"
+        )
+        raise WeightError(f"{view.name} of {kind} is quantised or replaced; it has no plain weight to show: {hint}")
+    return found
+
+
+def _no_bias(module: Any) -> Tensor:
+    weight: Any = module.weight
+    if not isinstance(weight, Tensor):
+        return torch.zeros(_n_outputs(module))
+    dtype = weight.dtype if weight.is_floating_point() else None
+    return torch.zeros(_n_outputs(module), dtype=dtype, device=weight.device)
+
+
+_PLAIN = (type(None), Tensor, nn.Parameter)
+
+
+def _is_linear(module: Any, weight: Tensor) -> bool:
+    """Whether a weight is stored `[out, in]`; quantised linear modules need not be `nn.Linear`."""
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return isinstance(module, nn.Linear) or tuple(weight.shape) == sizes
 
 
 def _n_outputs(module: Any) -> int:
@@ -122,8 +168,21 @@ def _n_outputs(module: Any) -> int:
     return next((getattr(module, name) for name in names if hasattr(module, name)), module.weight.shape[0])
 
 
-def stack_weight(view: WeightView, find_module: Callable[[str], nn.Module], n_layers: int) -> Tensor:
-    """Stack a per-layer weight over layers (a copy), or read the one there is."""
+def stack_weight(
+    view: WeightView, find_module: Callable[[str], nn.Module], layers: Sequence[int], *, dequantize: bool = False
+) -> Tensor:
+    """Stack a per-layer weight over layers (a copy, on the first one's device), or read the one there is.
+
+    Raises:
+        WeightError: A layer does not have it, or the layers' shapes differ.
+    """
     if not view.per_layer:
-        return read_weight(view, find_module)
-    return torch.stack([read_weight(view, find_module, layer) for layer in range(n_layers)])
+        return read_weight(view, find_module, dequantize=dequantize)
+    each = [read_weight(view, find_module, layer, dequantize=dequantize) for layer in layers]
+    odd = next((place for place, one in enumerate(each) if one.shape != each[0].shape), None)
+    if odd is not None:
+        raise WeightError(
+            f"{view.name} is {list(each[0].shape)} in block {layers[0]} and {list(each[odd].shape)} in block "
+            f"{layers[odd]}, which do not stack; model.weight({view.name!r}, layer) gives each"
+        )
+    return torch.stack([one.to(each[0].device) for one in each])

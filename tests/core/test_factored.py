@@ -22,11 +22,13 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 @pytest.fixture(params=SHAPES)
 def leading(request):
+    """Give leading axes."""
     return SHAPES[request.param]
 
 
 @pytest.fixture(params=SIZES)
 def matrix(request, leading):
+    """Give a factored matrix."""
     rows, inner, columns = SIZES[request.param]
     return FactoredMatrix(draw(*leading, rows, inner), draw(*leading, inner, columns, seed=1))
 

@@ -103,4 +103,4 @@ def mixer_weights(path: str, *, layers: tuple[int, ...] | None = None, has_norm:
 
 
 def _negative_exp(A_log: Tensor) -> Tensor:
-    return -torch.exp(A_log.float())
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))

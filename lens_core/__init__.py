@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from lens_core._watch import Hook
     from lens_core.cache import ActivationCache
     from lens_core.factored import FactoredMatrix
-    from lens_core.hook_points import HookPoint
+    from lens_core.hook_points import HookPoint, get_act_name
     from lens_core.model import LensModel, load
 
 __version__ = "0.1.0"
@@ -103,6 +103,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "edits",
+    "get_act_name",
     "load",
     "passes",
     "view",
@@ -116,6 +117,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "LensModel": "lens_core.model",
     "State": "lens_core._state",
     "edits": "lens_core.edits",
+    "get_act_name": "lens_core.hook_points",
     "load": "lens_core.model",
     "passes": "lens_core.passes",
     "view": "lens_core.view",

@@ -16,7 +16,7 @@ from lens_core._arguments import checks_arguments
 from lens_core.errors import ArgumentError, EmptyFilterError, UnknownHookError
 from lens_core.shapes import axis_index
 
-__all__ = ["HookPoint", "HookTable", "NameFilter", "Selection"]
+__all__ = ["HookPoint", "HookTable", "NameFilter", "Selection", "get_act_name"]
 
 NameFilter: TypeAlias = (
     str
@@ -306,3 +306,42 @@ def _is_short_form(name: object) -> bool:
 
 def _short_of(part: str) -> str:
     return part.rsplit(".", 1)[-1].removeprefix("hook_")
+
+
+_PART_OF = {
+    "attn": "q k v z rot_q rot_k q_normed k_normed k_rep v_rep result pattern attn_scores",
+    "mlp": "pre pre_linear post router_logits expert_weights expert_indices expert_out",
+    "mixer": "in_proj gate conv_in conv ssm_input x_proj B C delta_pre delta decay ssm_write ssm_state y ssm_output "
+    "gated inner_norm",
+}
+"""Which part of a block has a name, where no other part has it."""
+
+
+def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
+    """Write a short form out, without a model: TransformerLens' function, and the names of state-space mixers.
+
+    Nothing says whether a model has that hook point; `model.table.canonical(("q", 3))` does, and takes the same forms.
+
+    Args:
+        name: `"q"`, `"q3"`, `"scale4ln1"`, or a whole name, which is given back.
+        layer: The block, 0-based; None for what is outside of the blocks.
+        layer_type: `"attn"`, `"mlp"`, `"ln1"`, ..., or `"a"`, `"m"`, `"b"`, where the name does not say.
+
+    Example:
+        >>> get_act_name("k", 6, "a"), get_act_name("pre", 2), get_act_name("embed"), get_act_name("scale4ln1")
+        ('blocks.6.attn.hook_k', 'blocks.2.mlp.hook_pre', 'hook_embed', 'blocks.4.ln1.hook_scale')
+        >>> get_act_name("ssm_state", 0), get_act_name("normalized")
+        ('blocks.0.mixer.hook_ssm_state', 'ln_final.hook_normalized')
+    """
+    if layer is None and layer_type is None:
+        if "." in name or name.startswith("hook_"):
+            return name
+        matched = re.fullmatch(r"([a-zA-Z_]+?)(\d+)([a-z].*)?", name)
+        if matched:
+            name, layer, layer_type = matched.groups()
+    name = SHORT_NAMES.get(name, name)
+    part = next((part for part, names in _PART_OF.items() if name in names.split()), None)
+    part = part or PART_NAMES.get(layer_type or "", layer_type)
+    if layer is None and name in ("scale", "normalized"):
+        part = "ln_final"
+    return ".".join([*(["blocks", str(layer)] if layer is not None else []), *([part] if part else []), f"hook_{name}"])

@@ -10,7 +10,8 @@ Padding is done here, from lists of ids, so that no attribute of the tokenizer i
 threads may share one. The mask that comes with the tokens says what is padding; the pad token's id says nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import attrs
@@ -35,6 +36,7 @@ __all__ = [
     "to_str_tokens",
     "to_string",
     "to_tokens",
+    "tokenize_and_concatenate",
 ]
 
 Device: TypeAlias = torch.device | str | int | None
@@ -339,3 +341,47 @@ def get_token_position(
         message = f"Token {single_token!r} (id {token}) is not in the input of {len(row)} tokens, ids {row[:20]}"
         raise TokenizerError(f"{message}{'...' if len(row) > 20 else ''}.")
     return places[0] if mode == "first" else places[-1]
+
+
+def tokenize_and_concatenate(
+    dataset: Iterable[Any],
+    tokenizer: Tokenizer | None,
+    *,
+    max_length: int = 1024,
+    column_name: str = "text",
+    add_bos_token: bool = True,
+) -> Int[Tensor, "row pos"]:
+    """Tokenize texts, put them one after the other, and cut that into rows of equal length, without padding.
+
+    Args:
+        dataset: texts, or mappings that have them under `column_name`, as HF's data sets give; an iterator will do.
+        tokenizer: an HF tokenizer; the end-of-sequence token stands between two texts.
+        max_length: tokens in a row, BOS included.
+        column_name: where a mapping has its text.
+        add_bos_token: begin each row with BOS. The tokenizer's own special tokens are left out.
+
+    Returns:
+        Rows on the CPU. What does not fill a row at the end is left out (TransformerLens pads it where it is all).
+
+    Raises:
+        TokenizerError: no tokenizer, no EOS token, or no BOS token to add.
+        EmptyInputError: the texts do not fill one row.
+        ArgumentError: a row that has no place for text.
+    """
+    hf = _present(tokenizer)
+    bos, eos = (getattr(hf, f"{name}_token_id", None) for name in ("bos", "eos"))
+    if eos is None or (add_bos_token and bos is None):
+        which = "EOS token to put between texts" if eos is None else "BOS token; pass add_bos_token=False"
+        raise TokenizerError(f"The tokenizer has no {which}.")
+    size = max_length - add_bos_token
+    if size < 1:
+        raise ArgumentError(f"max_length={max_length} leaves no place for text.")
+    texts = (cast("Any", one)[column_name] if isinstance(one, Mapping) else one for one in dataset)
+    ids: list[int] = []
+    while some := list(islice(texts, 256)):
+        for row in encode(hf, some, add_special_tokens=False):
+            ids += [eos, *row] if ids else row
+    if len(ids) < size:
+        raise EmptyInputError(f"The texts have {len(ids)} tokens, and a row takes {size}. Give more, or shorter rows.")
+    rows = torch.tensor(ids[: len(ids) // size * size]).reshape(-1, size)
+    return torch.nn.functional.pad(rows, (1, 0), value=bos) if add_bos_token else rows

@@ -34,6 +34,8 @@ from lens_core.errors import (
     PluginError,
     PluginLoadError,
     PluginWarning,
+    SaeError,
+    SaeWarning,
     StateError,
     StateFileError,
     TokenIdError,
@@ -47,7 +49,7 @@ from lens_core.errors import (
 )
 
 if TYPE_CHECKING:
-    from lens_core import edits, passes, view
+    from lens_core import edits, passes, saes, view
     from lens_core._state import State
     from lens_core._watch import Hook
     from lens_core.cache import ActivationCache
@@ -90,6 +92,8 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "PluginWarning",
+    "SaeError",
+    "SaeWarning",
     "State",
     "StateError",
     "StateFileError",
@@ -106,6 +110,7 @@ __all__ = [
     "get_act_name",
     "load",
     "passes",
+    "saes",
     "view",
 ]
 
@@ -120,6 +125,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "get_act_name": "lens_core.hook_points",
     "load": "lens_core.model",
     "passes": "lens_core.passes",
+    "saes": "lens_core.saes",
     "view": "lens_core.view",
 }
 

@@ -18,7 +18,7 @@ from lens_core.shapes import element_count
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["boundary_steps", "closing_steps", "warn_of_cost"]
+__all__ = ["boundary_steps", "closing_steps", "frames_to_the_user", "warn_of_cost"]
 
 INNER_PACKAGES = ("lens_core", "torch", "transformers", "contextlib")
 
@@ -102,11 +102,11 @@ def warn_of_cost(run: "Run", call: Call) -> None:
             f"{starred[0].name!r}: {total} bytes ({total / 2**20:.1f} MiB) in this call; "
             "name them one by one, or narrow the filter",
             CostWarning,
-            stacklevel=_frames_to_the_user(),
+            stacklevel=frames_to_the_user(),
         )
 
 
-def _frames_to_the_user() -> int:
+def frames_to_the_user() -> int:
     """Count the frames between a warning's caller and the code that is neither ours, torch's nor HF's."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in INNER_PACKAGES:

@@ -23,6 +23,9 @@ MAYBE_THE_USERS = ("hook_tokens", "hook_embed")
 class CacheSink:
     """Fills a cache during a run."""
 
+    is_optional = False
+    """A run that leaves out what was named is a mistake."""
+
     def __init__(
         self,
         cache: "ActivationCache",

@@ -17,7 +17,7 @@ from lens_core._hf_point import hf_point
 from lens_core._plan import Run
 from lens_core._positions import read_positions
 from lens_core._state import config_facts
-from lens_core._watch import HookEntry, HookFunction
+from lens_core._watch import HookEntry, HookFunction, Sink
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import HookPoint, HookTable, NameFilter
@@ -52,12 +52,14 @@ class Hooked:
 
     @property
     def table(self) -> HookTable:
-        """The hook points by name; resolves aliases, short forms and filters."""
-        return self._table
+        """The hook points by name, those of enclosing blocks included; resolves aliases, short forms and filters."""
+        run = active_run(self.bare_model)
+        return self._table if run is None else run.table
 
     def hook_points(self) -> list[HookPoint]:
         """List the hook points in the order of computation, `hf.` names aside."""
-        return [self._table[name] for name in self._table]
+        table = self.table
+        return [table[name] for name in table]
 
     @property
     def hook_dict(self) -> "HookDict":
@@ -146,7 +148,7 @@ class Hooked:
         name, fn, *positions = cast("tuple[Any, ...]", given)
         if name is None:
             raise ArgumentError("a hook needs a name or a filter; None stands for the default names in caches only")
-        selection = self._table.select(name)
+        selection = self.table.select(name)
         return HookEntry(
             names=selection.names,
             exact=selection.exact,
@@ -230,7 +232,7 @@ class Hooked:
         cache = self.new_cache()
         sink = CacheSink(
             cache,
-            self._table.select(names),
+            self.table.select(names),
             detach=detach,
             incl_bwd=incl_bwd,
             device=device,
@@ -242,30 +244,32 @@ class Hooked:
 
     def new_cache(self) -> ActivationCache:
         """Make an empty cache of this model."""
-        return ActivationCache(table=self._table)
+        return ActivationCache(table=self.table)
 
     def running(
         self,
         entries: Sequence[HookEntry] = (),
-        sinks: Sequence[CacheSink] = (),
+        sinks: Sequence[Sink] = (),
         *,
         start_at: int | None = None,
         stop_at: int | None = None,
         residual: Tensor | None = None,
         is_apart: bool = False,
+        brings: Mapping[str, Sequence[HookPoint]] | None = None,
     ) -> Any:
         """Make a run live: permanent hooks, added ones, those of enclosing blocks, and these.
 
-        `is_apart` says that the calls may come while another thread calls the model in an enclosing block.
+        `is_apart` says that the calls may come while another thread calls the model in an enclosing block; `brings` are
+        hook points that exist in this block only, by the name that they come after.
         """
         parent = active_run(self.bare_model)
         added = tuple(sorted(self.added_hooks, key=lambda entry: not entry.is_permanent))
-        is_plain = not entries and not sinks and start_at is None and stop_at is None
+        is_plain = not entries and not sinks and brings is None and start_at is None and stop_at is None
         if is_plain and (parent.added == added and not is_apart if parent is not None else not added):
             return nullcontext(parent)
         return Run(
             self.bare_model,
-            self._table,
+            self.table if brings is None else self.table.extended(brings),
             base=self.declaration.base,
             blocks=self.declaration.blocks,
             block_values=self.declaration.block_values,
@@ -279,6 +283,7 @@ class Hooked:
             start_at=start_at,
             stop_at=stop_at,
             residual=residual,
+            brought=frozenset(point.name for points in (brings or {}).values() for point in points),
             parent=parent,
         ).installed()
 

@@ -84,6 +84,7 @@ class Run:
         start_at: int | None = None,
         stop_at: int | None = None,
         residual: Tensor | None = None,
+        brought: frozenset[str] = frozenset(),
         parent: "Run | None" = None,
     ) -> None:
         self.hf_model = hf_model
@@ -98,6 +99,8 @@ class Run:
         self.scoped: tuple[HookEntry, ...] = (*(parent.scoped if parent else ()), *entries)
         self.sinks: tuple[Sink, ...] = (*(parent.sinks if parent else ()), *sinks)
         self.start_at, self.stop_at, self.residual = start_at, stop_at, residual
+        self.brought = brought
+        """Hook points of the table that exist in this block only."""
         self.parent = parent
         self.is_compiled = is_compiled
         self.is_over = False
@@ -181,16 +184,19 @@ class Run:
                     continue
                 if name not in found:
                     found[name] = Watch(self.table.point(name), self)
-                attach(found[name], exact)
+                attach(found[name])
         return sorted(found.values(), key=lambda watch: self.table.rank(watch.name))
 
-    def _requests(self) -> Iterator[tuple[Sequence[str], bool, Callable[[Watch, bool], None]]]:
+    def _requests(self) -> Iterator[tuple[Sequence[str], bool, Callable[[Watch], None]]]:
         for entry in self.added:  # they outlast this run, so a run that stops short of them is no mistake
-            yield entry.names, False, lambda watch, _, e=entry: watch.add_entry(e, by_name=e.exact)
+            known = [n for n in entry.names if n in self.table or n.startswith("hf.")]  # not those of others' blocks
+            yield known, False, lambda watch, e=entry: watch.add_entry(e, by_name=e.exact)
         for entry in self.scoped:
-            yield entry.names, entry.exact, lambda watch, exact, e=entry: watch.add_entry(e, by_name=exact)
+            must = entry.exact and not entry.is_optional
+            yield entry.names, must, lambda watch, e=entry: watch.add_entry(e, by_name=e.exact)
         for sink in self.sinks:
-            yield sink.names, sink.exact, lambda watch, exact, s=sink: watch.add_sink(s, by_name=exact)
+            must = sink.exact and not sink.is_optional
+            yield sink.names, must, lambda watch, s=sink: watch.add_sink(s, by_name=s.exact)
 
     def _leaves_out(self, depth: int) -> bool:
         skipped = self.start_at is not None and depth < self.start_at
@@ -271,6 +277,8 @@ class Run:
         for run in takewhile(lambda run: run is not self, lineage) if self in lineage else ():
             run.scoped = tuple(entry for entry in run.scoped if entry not in self.own)
             run.sinks = tuple(sink for sink in run.sinks if sink not in self.own)
+            run.watches = [watch for watch in run.watches if watch.name not in self.brought]
+            run.table = run.table.without(self.brought) if self.brought else run.table
             for watch in run.watches:
                 watch.drop(self.own)
 
@@ -354,7 +362,7 @@ class Run:
         return f"{told}, or it is declared at the place of {same[0]!r} by mistake" if same else told
 
     def _check_used(self) -> None:
-        if self.calls == 0 and self.watches:
+        if self.calls == 0 and self.watches and not self.brought:
             raise HookDidNotFireError(
                 f"hooks at {self.watches[0].name!r} were set up and the model was not called in this context; a thread "
                 "started inside has a context of its own: run it by contextvars.copy_context().run"

@@ -78,6 +78,8 @@ class HookEntry:
     positions: Positions = None
     is_alone: bool = False
     """Whether it is for one call that nothing continues, so that a position outside of it is a mistake."""
+    is_optional: bool = False
+    """Whether a run that leaves its places out is no mistake, though they were named."""
     direction: Literal["fwd", "bwd"] = "fwd"
     is_permanent: bool = False
     level: int | None = None
@@ -91,6 +93,8 @@ class Sink(Protocol):
     def names(self) -> tuple[str, ...]: ...
     @property
     def exact(self) -> bool: ...
+    @property
+    def is_optional(self) -> bool: ...
     @property
     def keeps_graph(self) -> bool: ...
     @property

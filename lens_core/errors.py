@@ -31,12 +31,14 @@ LensError
     StateFileError            not a state file of ours, truncated, unsafe, or of another model
   AnalysisFileError           not a file of a result of ours, truncated, unsafe, or of another model
   WeightError                 a weight view that this model cannot give, or a pass that does not hold for it
+  SaeError                    a sparse autoencoder that cannot be read, or does not fit the model
   MissingPackageError         what was asked for needs a package that is not installed (also an ImportError)
 LensWarning
   CostWarning                 what was asked for costs much memory
   PluginWarning               a plugin was left out
   ConfigWarning               config keys that nobody knows were ignored
   PassWarning                 a weight pass had nothing to do
+  SaeWarning                  a sparse autoencoder is used otherwise than it was trained
 """
 
 __all__ = [
@@ -67,6 +69,8 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "PluginWarning",
+    "SaeError",
+    "SaeWarning",
     "StateError",
     "StateFileError",
     "TokenIdError",
@@ -208,6 +212,10 @@ class WeightError(LensError):
     """A weight view that this model cannot give, or a weight pass that does not hold for it."""
 
 
+class SaeError(LensError):
+    """A sparse autoencoder cannot be read, or does not fit the model or the hook point."""
+
+
 class MissingPackageError(LensError, ImportError):
     """What was asked for needs a package that is not installed; the message says which."""
 
@@ -230,3 +238,7 @@ class ConfigWarning(LensWarning):
 
 class PassWarning(LensWarning):
     """A weight pass was applied before, and had nothing to do."""
+
+
+class SaeWarning(LensWarning):
+    """A sparse autoencoder is used otherwise than it was trained."""

@@ -7,7 +7,7 @@ A canonical name is `blocks.L.PART.hook_X`, `PART.hook_X` or `hook_X`. Short for
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import attrs
@@ -119,6 +119,16 @@ class HookTable(Mapping[str, HookPoint]):
             seen_block = seen_block or point.layer is not None
             after = self.n_layers if seen_block else -1
             self._depth[point.name] = after if point.layer is None else point.layer
+
+    def extended(self, points: Mapping[str, Sequence[HookPoint]]) -> "HookTable":
+        """Give a table with further points, each list of them right after the place that it is given for."""
+        ordered = [one for name, place in self._points.items() for one in (place, *points.get(name, ()))]
+        return HookTable(ordered, aliases=self._aliases, hf_point=self._hf_point)
+
+    def without(self, names: Collection[str]) -> "HookTable":
+        """Give a table that lacks some points."""
+        kept = [place for name, place in self._points.items() if name not in names]
+        return HookTable(kept, aliases=self._aliases, hf_point=self._hf_point)
 
     def __getitem__(self, name: Any) -> HookPoint:
         """Give the point of a name, alias or short form."""
@@ -279,6 +289,8 @@ class HookTable(Mapping[str, HookPoint]):
                 return (
                     f"no hook point {name!r} in this model, which has no {what}; model.hook_points() lists what it has"
                 )
+        if _short_of(text).startswith("sae_") or ".hook_sae_" in text:
+            return f"no hook point {name!r}: those of an SAE exist inside `with model.saes(...)`, at its place"
         pool = sorted({*self._points, *self._aliases, *(_short_of(part) for part in self._parts)})
         near = difflib.get_close_matches(text, pool, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(map(repr, near))}?" if near else "model.hook_points() lists them"

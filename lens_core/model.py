@@ -30,6 +30,7 @@ from lens_core.errors import ArgumentError, InputError
 from lens_core.generation import generate, generate_stream
 from lens_core.hook_points import NameFilter
 from lens_core.passes import process_loaded, process_weights, read_process, undo_passes
+from lens_core.saes._block import splice_saes
 
 __all__ = ["LensModel", "load"]
 
@@ -341,7 +342,7 @@ class LensModel(Pieces):
         cache = self.new_cache()
         sink = CacheSink(
             cache,
-            self._table.select(names_filter),
+            self.table.select(names_filter),
             incl_bwd=incl_bwd,
             device=device,
             dtype=dtype,
@@ -397,6 +398,7 @@ class LensModel(Pieces):
     generate_stream = generate_stream
     process_weights = process_weights
     undo_passes = undo_passes
+    saes = splice_saes
     save_state = save_state
     load_state = load_state
 
@@ -412,7 +414,7 @@ class LensModel(Pieces):
 
     def new_cache(self) -> ActivationCache:
         """Make an empty cache of this model."""
-        return ActivationCache(table=self._table, model=self)
+        return ActivationCache(table=self.table, model=self)
 
 
 def _backward(output: Any) -> None:

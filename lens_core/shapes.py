@@ -25,6 +25,9 @@ AXES: Mapping[str, str] = {
     "head_dim": "width of one SSM head",
     "n_experts": "experts of a mixture",
     "k": "experts chosen for a token",
+    "d_in": "width of what a sparse autoencoder reads",
+    "d_out": "width of what it gives",
+    "d_sae": "its features",
 }
 """Axis name to meaning."""
 

@@ -168,7 +168,7 @@ def attention_statistics(
             "this model has no attention heads, so there are no patterns; cache.effective_attention says what "
             "state-space layers read, and its rows are no distributions"
         )
-    sums = _Sums(layers, sources=sources)
+    sums = _Sums(layers, torch.promote_types(model.cfg.dtype, torch.float32), sources=sources)
     for batch in batches(model, texts, batch_size, prepend_bos=prepend_bos):
         sums.begin(batch)
         hooks = [(f"blocks.{layer}.attn.hook_pattern", sums.read(batch)) for layer in layers]
@@ -181,8 +181,8 @@ def attention_statistics(
 class _Sums:
     """Sums over queries, by layer."""
 
-    def __init__(self, layers: Sequence[int], *, sources: bool) -> None:
-        self.layers, self.sources = layers, sources
+    def __init__(self, layers: Sequence[int], dtype: torch.dtype, *, sources: bool) -> None:
+        self.layers, self.dtype, self.sources = layers, dtype, sources
         self.queries, self.even_entropy, self.even_distance = 0, 0.0, 0.0
         self.sums: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
         self.ids, self.counts = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
@@ -240,7 +240,7 @@ class _Sums:
         if not self.queries:
             raise EmptyInputError("every text has one token only, which can look at nothing else; give longer texts")
         means = {
-            name: torch.stack([self.sums[layer][name] for layer in self.layers]).float() / self.queries
+            name: torch.stack([self.sums[layer][name] for layer in self.layers]).to(self.dtype) / self.queries
             for name in STATISTICS
         }
         shares = torch.stack([self.received[layer] for layer in self.layers]) / self.queries if self.sources else None
@@ -252,7 +252,7 @@ class _Sums:
             queries=self.queries,
             source_ids=self.ids,
             source_counts=self.counts,
-            source_shares=None if shares is None else shares.float(),
+            source_shares=None if shares is None else shares.to(self.dtype),
         )
 
 

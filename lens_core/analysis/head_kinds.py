@@ -208,10 +208,11 @@ def score_heads(
             run = batch if index == 0 else _without_places(model, batch, generator, length if texts is None else None)
             _read(model, run, layers, tally.taker(places), effective=effective)
     scores = [tally.total(layers) / queries.clamp(min=1)[:, None, None] for tally in tallies]
+    dtype = torch.promote_types(model.cfg.dtype, torch.float32)
     return HeadScores(
-        scores=scores[0].float(),
-        control=torch.stack(scores[1:]).float(),
-        chance=(chance / queries.clamp(min=1)).float(),
+        scores=scores[0].to(dtype),
+        control=torch.stack(scores[1:]).to(dtype),
+        chance=(chance / queries.clamp(min=1)).to(dtype),
         queries=queries,
         kinds=tuple(kinds),
         layers=tuple(layers),

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core._arguments import checks_arguments
+from lens_core.analysis import composition
 from lens_core.errors import ArgumentError, WeightError
 from lens_core.factored import FactoredMatrix
 from lens_core.weights import WeightView, stack_weight
@@ -16,14 +17,7 @@ if TYPE_CHECKING:
     from lens_core.model import LensModel
 
 __all__ = [
-    "OV",
-    "QK",
-    "W_E_pos",
-    "accumulated_bias",
-    "all_head_labels",
-    "factored_weight",
-    "n_params_total",
-    "stacked_weight",
+    "WeightMethods",
     "view_of",
     "whole_stack",
 ]
@@ -299,3 +293,17 @@ def _constant(model: "LensModel", block: int, writer: str) -> Tensor:
         )
     place = model.declaration.norms[norm]
     return place.kind.affine(model.bare_model.get_submodule(place.path.format(layer=block)), bias) * factor
+
+
+class WeightMethods:
+    """What a model can tell of its weights beyond single views."""
+
+    QK = property(QK)
+    OV = property(OV)
+    W_E_pos = property(W_E_pos)
+    n_params_total = property(n_params_total)
+    all_head_labels = property(all_head_labels)
+    accumulated_bias = accumulated_bias
+    stacked_weight = stacked_weight
+    factored_weight = factored_weight
+    all_composition_scores = composition.all_composition_scores

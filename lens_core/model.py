@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_core import _weight_methods
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
 from lens_core._copies import copy_model, deepcopy_model, reduce_model
@@ -24,7 +23,7 @@ from lens_core._positions import read_positions
 from lens_core._state import extended, fills_cache, read_past
 from lens_core._state_file import load_state, save_state
 from lens_core._tokenizer import with_bos
-from lens_core.analysis import composition
+from lens_core._weight_methods import WeightMethods
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError, InputError
 from lens_core.generation import generate, generate_stream
@@ -112,7 +111,7 @@ def load(
     return model
 
 
-class LensModel(Pieces):
+class LensModel(Pieces, WeightMethods):
     """An HF language model whose activations have names.
 
     Make one by `load`. The HF model is `hf_model`; it is never wrapped, its weights are changed by passes that you ask
@@ -401,16 +400,6 @@ class LensModel(Pieces):
     saes = splice_saes
     save_state = save_state
     load_state = load_state
-
-    QK = property(_weight_methods.QK)
-    OV = property(_weight_methods.OV)
-    W_E_pos = property(_weight_methods.W_E_pos)
-    n_params_total = property(_weight_methods.n_params_total)
-    all_head_labels = property(_weight_methods.all_head_labels)
-    accumulated_bias = _weight_methods.accumulated_bias
-    stacked_weight = _weight_methods.stacked_weight
-    factored_weight = _weight_methods.factored_weight
-    all_composition_scores = composition.all_composition_scores
 
     def new_cache(self) -> ActivationCache:
         """Make an empty cache of this model."""

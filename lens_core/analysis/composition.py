@@ -65,10 +65,9 @@ class CompositionScores:
         return pairs[: max(k, 0)]
 
     def _pairs(self) -> list[tuple[str, str, float]]:
-        labels, heads = self.head_labels, self.scores.shape[1]
-        table: Any = self.table.tolist()  # pyright: ignore[reportUnknownMemberType]
+        labels, heads, table = self.head_labels, self.scores.shape[1], self.table
         return [
-            (labels[a], labels[b], table[a][b])
+            (labels[a], labels[b], float(table[a, b]))
             for a in range(len(labels))
             for b in range((a // heads + 1) * heads, len(labels))
         ]
@@ -128,7 +127,7 @@ def composition_scores(left: Tensor | FactoredMatrix, right: Tensor | FactoredMa
         )
     writes, reads = _core(left), _core(right.mT if isinstance(right, Tensor) else right.T).mT
     scores = _scores(writes.reshape(-1, *writes.shape[-2:]), reads.reshape(-1, *reads.shape[-2:]))
-    return scores.reshape(*left.shape[:-2], *right.shape[:-2])
+    return scores.reshape((*left.shape[:-2], *right.shape[:-2]))
 
 
 def _core(matrix: Tensor | FactoredMatrix) -> Float[Tensor, "*leading k columns"]:
@@ -154,7 +153,6 @@ def _scores(writes: Float[Tensor, "m rows d"], reads: Float[Tensor, "n d columns
 
 
 @checks_arguments
-@torch.no_grad()
 def all_composition_scores(
     model: "LensModel", mode: Literal["Q", "K", "V"], *, with_norms: bool = True
 ) -> CompositionScores:
@@ -187,15 +185,19 @@ def all_composition_scores(
     if "W_O" not in model.weight_names:
         raise WeightError("composition is between attention heads, and no block of this model has any")
     layers, _ = model.stacked_weight("b_O")
-    sides = [_sides(model, layer, mode, with_norms=with_norms) for layer in layers]
-    writers, readers = [side[0] for side in sides], [side[1] for side in sides]
-    n_heads = len(writers[0])
-    scores = writers[0].new_zeros(len(layers), n_heads, len(layers), n_heads)
-    for place in range(len(layers) - 1):
-        later = torch.cat([one.to(writers[place].device) for one in readers[place + 1 :]])
-        found = _scores(writers[place], later).to(scores.device)
-        scores[place, :, place + 1 :] = found.reshape(n_heads, -1, n_heads)
+    with torch.no_grad():
+        scores = _between([_sides(model, layer, mode, with_norms=with_norms) for layer in layers])
     return CompositionScores(scores=scores, mode=mode, layer_indices=layers, baseline=float(model.cfg.d_model) ** -0.5)
+
+
+def _between(sides: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "layer n_heads layer n_heads"]:
+    """Score the writers of each block with the readers of all later ones."""
+    n_heads = len(sides[0][0])
+    scores = sides[0][0].new_zeros(len(sides), n_heads, len(sides), n_heads)
+    for place, (writers, _) in enumerate(sides[:-1]):
+        later = torch.cat([readers.to(writers.device) for _, readers in sides[place + 1 :]])
+        scores[place, :, place + 1 :] = _scores(writers, later).to(scores.device).reshape(n_heads, -1, n_heads)
+    return scores
 
 
 def _sides(model: "LensModel", layer: int, mode: str, *, with_norms: bool) -> tuple[Tensor, Tensor]:

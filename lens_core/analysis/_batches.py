@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_core import tokens as _tokens
-from lens_core.errors import ArgumentError, EmptyInputError
+from lens_core.errors import ArgumentError, EmptyInputError, HookDidNotFireError
 
-__all__ = ["Batch", "batches", "token_rows"]
+__all__ = ["Batch", "batches", "run_through", "token_rows"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -65,6 +65,21 @@ def batches(model: Any, texts: Any, batch_size: int, *, prepend_bos: bool | None
         first += len(some)
     if not first:
         raise EmptyInputError("there are no texts; give at least one")
+
+
+def run_through(model: Any, tokens: Tensor, last: int, hooks: Sequence[Any], **call: Any) -> None:
+    """Run up to a block, without gradients, for what the hooks take; `last` of `n_layers` runs the whole model.
+
+    Where hooks of the caller's own are further on, all is run: the result is the same.
+    """
+    stop = {} if last >= model.cfg.n_layers else {"stop_at_layer": last + 1}
+    with torch.no_grad():
+        try:
+            model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **stop, **call)
+        except HookDidNotFireError:  # before anything was computed, if it was for the stop
+            if not stop:
+                raise
+            model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None, **call)
 
 
 def token_rows(model: Any, texts: Any, *, prepend_bos: bool | None = None) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lens_core._arguments import checks_arguments
 from lens_core._positions import read_positions
-from lens_core.analysis._batches import Batch, batches
+from lens_core.analysis._batches import Batch, batches, run_through
 from lens_core.errors import ArgumentError, InputError, UnsupportedHookError
 from lens_core.hook_points import HookTable, NameFilter
 
@@ -115,7 +115,6 @@ def collect_activations(
     """
     chosen = _names(model, names)
     depth = max(model.table.depth(name) or 0 for name in chosen)
-    stop = {} if depth >= model.cfg.n_layers else {"stop_at_layer": depth + 1}
     kept: dict[str, list[Tensor]] = {name: [] for name in chosen}
     tokens, at, owners, ids = list[Tensor](), list[Tensor](), list[int](), list[Tensor]()
     labels = _labels(positions)
@@ -123,8 +122,7 @@ def collect_activations(
     for batch in batches(model, texts, batch_size, prepend_bos=prepend_bos):
         rows, places = _places(batch, positions if listed is None else listed)
         hooks = [(name, _keep(kept[name], rows, places, device)) for name in chosen]
-        with torch.no_grad():
-            model.run_with_hooks(batch.tokens, fwd_hooks=hooks, return_type=None, **stop, **batch.call)
+        run_through(model, batch.tokens, depth, hooks, **batch.call)
         ids.extend(row[:length].cpu() for row, length in zip(batch.tokens, batch.lengths, strict=True))
         if positions == "mean":
             at.append(torch.full((len(rows), 1), -1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from lens_core import view
 from lens_core._arguments import checks_arguments
 from lens_core._extras import need
-from lens_core.analysis._batches import Batch, batches
+from lens_core.analysis._batches import Batch, batches, run_through
 from lens_core.errors import ArgumentError, EmptyInputError, UnsupportedHookError
 
 if TYPE_CHECKING:
@@ -172,8 +172,7 @@ def attention_statistics(
     for batch in batches(model, texts, batch_size, prepend_bos=prepend_bos):
         sums.begin(batch)
         hooks = [(f"blocks.{layer}.attn.hook_pattern", sums.read(batch)) for layer in layers]
-        with torch.no_grad():
-            model.run_with_hooks(batch.tokens, fwd_hooks=hooks, stop_at_layer=layers[-1] + 1, **batch.call)
+        run_through(model, batch.tokens, layers[-1], hooks, **batch.call)
         sums.end()
     return sums.statistics()
 

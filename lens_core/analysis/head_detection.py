@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lens_core._arguments import checks_arguments
+from lens_core.analysis._batches import run_through
 from lens_core.analysis.heads import duplicate_places, previous_places
 from lens_core.cache import ActivationCache
 from lens_core.errors import ArgumentError, CacheError, ContextLengthError, UnsupportedHookError
@@ -255,13 +256,8 @@ def _scored(
 
     names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in layers}
     if cache is None:
-        with torch.no_grad():
-            model.run_with_hooks(
-                row.to(model.input_device),
-                fwd_hooks=[(name, read) for name in names.values()],
-                stop_at_layer=max(layers) + 1,
-                return_type=None,
-            )
+        hooks = [(name, read) for name in names.values()]
+        run_through(model, row.to(model.input_device), max(layers), hooks)
         return found
     for layer, name in names.items():
         pattern = cache[name] if cache.has_batch_dim else cache[name][None]

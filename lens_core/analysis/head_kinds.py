@@ -27,7 +27,7 @@ from torch import Tensor
 from lens_core import view
 from lens_core._arguments import checks_arguments
 from lens_core._extras import need
-from lens_core.analysis._batches import Batch, batches, token_rows
+from lens_core.analysis._batches import Batch, batches, run_through, token_rows
 from lens_core.analysis._random_text import random_rows, repeated_rows
 from lens_core.analysis.heads import duplicate_places, induction_places, previous_places
 from lens_core.errors import ArgumentError, UnsupportedHookError
@@ -295,13 +295,11 @@ def _read(
             take(hook.layer(), 0, pattern.detach().to(wide))
 
         names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
-        with torch.no_grad():
-            hooks = [(name, read) for name in names]
-            model.run_with_hooks(batch.tokens, fwd_hooks=hooks, stop_at_layer=max(layers) + 1, **batch.call)
+        run_through(model, batch.tokens, max(layers), [(name, read) for name in names], **batch.call)
         return
     names = [f"blocks.{layer}.mixer.hook_{name}" for layer in layers for name in ("delta", "B", "C")]
-    with torch.no_grad():
-        _, cache = model.run_with_cache(batch.tokens, names_filter=names, stop_at_layer=max(layers) + 1, **batch.call)
+    with torch.no_grad(), model.caching(names) as cache:
+        run_through(model, batch.tokens, max(layers), [], **batch.call)
         step = max(1, _CHUNK_BYTES // (8 * batch.tokens.numel() * batch.tokens.shape[1]))
         for layer in layers:
             for first in range(0, cache["delta", layer].shape[2], step):

@@ -14,6 +14,7 @@ from lens_core.errors import WeightError
 __all__ = ["Editor", "PassLog", "PassRecord", "applied_passes", "log_of", "row_pieces", "undo"]
 
 ATTRIBUTE = "_lens_passes"
+TIED = "tie_word_embeddings"
 CHUNK = 2**20
 """Numbers of a weight that are worked on at once."""
 
@@ -62,6 +63,8 @@ class PassLog:
     """Path to value before the first pass; None for a parameter that was not there."""
     tied: tuple[str, str] | None = None
     """Paths of the embedding's and the unembedding's modules, where a pass untied them."""
+    said_tied: tuple[bool, ...] = ()
+    """Which of HF's configs, the text model's last, said so."""
     is_kept: bool = True
     """Whether all that changed can be put back."""
 
@@ -150,7 +153,11 @@ class Editor:
         self.root.get_submodule(unembed).weight = own
         self.log.tied, self.untied = (embed, unembed), True
         self.added_bytes += own.nbytes
-        _say_tied(self.root, is_tied=False)  # or HF ties them again, when it saves or resizes
+        configs = _configs(self.root)
+        self.log.said_tied = tuple(bool(getattr(config, TIED, False)) for config in configs)
+        for config, said in zip(configs, self.log.said_tied, strict=True):
+            if said:  # or HF ties them again, when it saves or resizes
+                setattr(config, TIED, False)
 
 
 def row_pieces(parameter: Tensor, axis: int) -> list[Tensor]:
@@ -160,10 +167,8 @@ def row_pieces(parameter: Tensor, axis: int) -> list[Tensor]:
     return [piece for matrix in matrices for piece in matrix.split(max(1, CHUNK // matrix.shape[-1]))]
 
 
-def _say_tied(root: Any, *, is_tied: bool) -> None:
-    for config in (root.config, root.config.get_text_config(decoder=True)):
-        if getattr(config, "tie_word_embeddings", None) is not None:
-            config.tie_word_embeddings = is_tied
+def _configs(root: Any) -> tuple[Any, Any]:
+    return root.config, root.config.get_text_config(decoder=True)
 
 
 def undo(model: Any) -> None:
@@ -190,6 +195,8 @@ def undo(model: Any) -> None:
         if log.tied is not None:
             embed, unembed = log.tied
             root.get_submodule(unembed).weight = root.get_submodule(embed).weight
-            _say_tied(root, is_tied=True)
+            for config, said in zip(_configs(root), log.said_tied, strict=True):
+                if said:
+                    setattr(config, TIED, True)
     with suppress(AttributeError):
         delattr(root, ATTRIBUTE)

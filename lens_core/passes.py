@@ -52,6 +52,7 @@ class WeightPass:
         law: What stays as it was.
         after: What is true of the weights afterwards.
         holds: Where it may be applied.
+        precedes: Passes that it must come before, since it would undo what they did.
 
     Example:
         >>> import lens_core as lens
@@ -67,12 +68,16 @@ class WeightPass:
     law: str
     after: str
     holds: str
+    precedes: tuple[str, ...] = ()
     _why_not: Callable[[Any], str | None] = attrs.field(alias="why_not", repr=False)
     _steps: Callable[[Editor], Iterator[int | None]] = attrs.field(alias="steps", repr=False)
 
     def why_not(self, model: "LensModel") -> str | None:
         """Say why the pass does not hold for a model; None if it does. Looks at weights, changes none."""
-        return self._why_not(_checked(model))
+        late = [name for name in log_of(_checked(model).bare_model).applied if name in self.precedes]
+        if late:
+            return f"it would undo what {late[0]} did: model.undo_passes(), and apply {self.name} first"
+        return self._why_not(model)
 
     @checks_arguments
     def __call__(self, model: "LensModel", *, copy: bool = False, keep: bool = True) -> "LensModel":
@@ -98,7 +103,7 @@ class WeightPass:
         for name, value in (("copy", copy), ("keep", keep)):
             if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ArgumentError(f"{name} is True or False; got {value!r}")
-        reason = None if self.name in log_of(model.bare_model).applied else self._why_not(model)
+        reason = None if self.name in log_of(model.bare_model).applied else self.why_not(model)
         if reason is not None:
             raise WeightError(f"{self.name} does not hold for this model: {reason}")
         target = copying.deepcopy(model) if copy else model
@@ -112,6 +117,7 @@ fold_ln = WeightPass(
     after="gains are 1 and biases 0, and what reads a LayerNorm has no mean over its inputs",
     holds="models whose weights behind norms are all declared, and can take on the norms' biases; "
     "norms between a branch and the sum stay as they are",
+    precedes=("fold_value_biases", "refactor_factored_attn_matrices"),
     why_not=rules.no_fold_ln,
     steps=steps.fold_norms,
 )
@@ -123,6 +129,7 @@ center_writing_weights = WeightPass(
     law="logits stay, and so does the residual stream less its mean over d_model",
     after="what writes to the residual stream has no mean over d_model",
     holds="models whose norms are all LayerNorms before a branch",
+    precedes=("refactor_factored_attn_matrices",),
     why_not=rules.no_writing_centring,
     steps=steps.center_embeddings_and_branches,
 )
@@ -296,7 +303,7 @@ def undo_passes(model: "LensModel") -> "LensModel":
 
 
 def read_process(process: Any) -> tuple[tuple[WeightPass, bool | None], ...]:
-    """Read what `lens.load(..., process=)` was given.
+    """Read what `lens.load(..., process=)` was given, in the order of `PASSES`.
 
     Raises:
         ArgumentError: Neither `"transformerlens"` nor passes.
@@ -312,10 +319,10 @@ def read_process(process: Any) -> tuple[tuple[WeightPass, bool | None], ...]:
     found: list[WeightPass] = []
     for one in cast("Sequence[Any]", listed):
         named = known.get(one, one) if isinstance(one, str) else one
-        if not isinstance(named, WeightPass):
+        if named not in PASSES:
             raise ArgumentError(f"no weight pass {one!r}; there are {', '.join(known)}")
         found.append(named)
-    return tuple((one, True) for one in found)
+    return tuple((one, True) for one in PASSES if one in found)
 
 
 def process_loaded(model: Any, process: Any) -> None:

@@ -66,6 +66,7 @@ def all_checks() -> dict[str, Check]:
         equations,
         gradients,
         model,
+        passes,
         reading,
         ssm,
     )

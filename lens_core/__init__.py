@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from lens_core import edits, passes, saes, view
     from lens_core._state import State
     from lens_core._watch import Hook
+    from lens_core.analysis import patching
     from lens_core.cache import ActivationCache
     from lens_core.factored import FactoredMatrix
     from lens_core.hook_points import HookPoint, get_act_name
@@ -110,6 +111,7 @@ __all__ = [
     "get_act_name",
     "load",
     "passes",
+    "patching",
     "saes",
     "view",
 ]
@@ -125,6 +127,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "get_act_name": "lens_core.hook_points",
     "load": "lens_core.model",
     "passes": "lens_core.passes",
+    "patching": "lens_core.analysis.patching",
     "saes": "lens_core.saes",
     "view": "lens_core.view",
 }
@@ -134,7 +137,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+    value = module if module.__name__.rpartition(".")[2] == name else getattr(module, name)
     globals()[name] = value
     return value
 

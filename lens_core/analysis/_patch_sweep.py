@@ -92,7 +92,7 @@ def patch_sweep(
         ArgumentError: No such axis, layer, position or head; a metric that gives something else; a model in training
             mode.
         CacheError: The clean cache does not hold what is patched, or is of another shape.
-        CacheFileError: The file at `resume` is of another sweep, or is damaged.
+        AnalysisFileError: The file at `resume` is of another sweep, or is damaged.
 
     Example:
         >>> import lens_core as lens

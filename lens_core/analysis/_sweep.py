@@ -23,11 +23,9 @@ __all__ = ["Engine", "Metric", "Outcome", "Request", "run_sweep"]
 
 Engine = Literal["exact", "packed"]
 Metric = Callable[[Float[Tensor, "batch n d_vocab"]], Float[Tensor, " batch"] | Float[Tensor, ""]]
-ROW_TOKENS = {"cpu": 1024}
-"""How many positions the plain engine runs at once, if the user does not say; more do not make a CPU faster."""
-SLOTS = {"cpu": 512}
-"""How long a packed sequence grows: its attention grows with the square."""
-MANY = 8192
+AT_ONCE = {"cpu": 640}
+"""How many positions run at once, all rows counted, if the user does not say; more do not make a CPU faster."""
+MANY = 16384
 """The same on other devices."""
 LOGITS = 2**24
 """How many logits are computed at once; more of the unembedding's rows at a time cost less each."""
@@ -79,7 +77,7 @@ def run_sweep(model: "LensModel", corrupted: Any, grid: Cells, request: Request)
         left = sweep.begin(cells)
         engine: Engine = "exact"
         if may_pack and can_pack(model, baseline.cache, baseline.n_pos) and _is_worth(baseline, left):
-            engine = "packed" if agrees(baseline, grid, _witnesses(left)) else "exact"
+            engine = "packed" if agrees(baseline, grid, left) else "exact"
         with _bar(request.progress) as progress:
             task = progress.add_task("patching", total=len(left))
             for chunk in _chunks(baseline, left, request.batch_size if not hooked else 1, engine):
@@ -100,32 +98,45 @@ def _is_worth(baseline: Baseline, cells: Sequence[Cell]) -> bool:
     return len(cells) > 2 and suffixes <= WORTH * len(cells) * baseline.n_pos
 
 
-def _witnesses(cells: Sequence[Cell]) -> list[Cell]:
-    """Choose two cells of the lowest block whose suffixes differ, the longest and one of middle length."""
-    lowest = [cell for cell in cells if cell.point is cells[0].point]
-    ordered = sorted(lowest, key=lambda cell: cell.start)
-    return [ordered[0], ordered[len(ordered) // 2]]
-
-
 def _chunks(baseline: Baseline, cells: Sequence[Cell], batch_size: int | None, engine: Engine) -> Iterator[list[Cell]]:
-    """Put cells together that run at once: of one point, those with the longest suffixes first."""
-    device, batch = baseline.final.device.type, baseline.batch
+    """Put cells together that run at once: of one point, those with the longest suffixes first.
+
+    Packed, whole points are put together while there is room; the lower blocks come first.
+    """
+    most = max(AT_ONCE.get(baseline.final.device.type, MANY) // baseline.batch, 1)
     by_point: dict[str, list[Cell]] = {}
     for cell in cells:
         by_point.setdefault(cell.point.name, []).append(cell)
-    most = SLOTS.get(device, MANY) if engine == "packed" else max(ROW_TOKENS.get(device, MANY) // batch, 1)
-    for group in by_point.values():
-        chunk: list[Cell] = []
-        size = 0
-        for cell in sorted(group, key=lambda one: one.start):
-            added = suffix_length(baseline, cell) if engine == "packed" else baseline.n_pos
-            is_full = size + added > most if batch_size is None else len(chunk) == batch_size
-            if chunk and is_full:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(cell)
-            size += added
-        yield chunk
+
+    def fits(some: Sequence[Cell]) -> bool:
+        if batch_size is not None:
+            return len(some) <= batch_size
+        lengths = (suffix_length(baseline, cell) if engine == "packed" else baseline.n_pos for cell in some)
+        return sum(lengths) <= most
+
+    together: list[Cell] = []
+    for group in sorted(by_point.values(), key=lambda some: depth_of(baseline.model, some[0].point)):
+        ordered = sorted(group, key=lambda one: one.start)
+        if engine == "packed" and fits([*together, *ordered]):
+            together += ordered
+            continue
+        yield from (together,) if together else ()
+        *whole, together = _split(ordered, fits)
+        yield from whole
+        if engine != "packed":
+            yield together
+            together = []
+    yield from (together,) if together else ()
+
+
+def _split(cells: Sequence[Cell], fits: Callable[[Sequence[Cell]], bool]) -> list[list[Cell]]:
+    """Cut cells into stretches that fit, of one cell at least."""
+    found: list[list[Cell]] = [[]]
+    for cell in cells:
+        if found[-1] and not fits([*found[-1], cell]):
+            found.append([])
+        found[-1].append(cell)
+    return found
 
 
 @attrs.define(eq=False)

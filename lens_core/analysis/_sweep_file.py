@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_core._tensor_file import FileKind
-from lens_core.errors import CacheFileError
+from lens_core.errors import AnalysisFileError
 
 __all__ = ["KIND", "Saved", "digest"]
 
-KIND = FileKind(what="patching sweep", version=1, error=CacheFileError, writer="patch_sweep(..., resume=path)")
+KIND = FileKind(what="patching sweep", version=1, error=AnalysisFileError, writer="patch_sweep(..., resume=path)")
 CLOSE = 1e-4
 """How near, in relation to their size, the baselines of two runs of one sweep must be: kernels differ, models more."""
 
@@ -38,7 +38,7 @@ class Saved:
         """Read the file if there is one.
 
         Raises:
-            CacheFileError: A file of another sweep, or none of a sweep.
+            AnalysisFileError: A file of another sweep, or none of a sweep.
         """
         path = KIND.target(given)
         told = json.dumps(identity, sort_keys=True)
@@ -53,7 +53,7 @@ class Saved:
             return
         had = self.tensors["done"]
         if had.shape != done.shape or had.dtype != torch.bool:
-            raise CacheFileError(f"{str(self.path)!r} holds {list(had.shape)} cells, and this sweep has {len(done)}")
+            raise AnalysisFileError(f"{str(self.path)!r} holds {list(had.shape)} cells, and this sweep has {len(done)}")
         for name, value in values.items():
             value[had] = self.tensors[f"values.{name}"][had].to(value)
         done |= had
@@ -71,14 +71,14 @@ def _checked(
     theirs, ours = json.loads(metadata["sweep"]), json.loads(identity)
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
-            raise CacheFileError(
+            raise AnalysisFileError(
                 f"{shown!r} is of another sweep: its {name} is {_short(theirs.get(name))}, and here it is "
                 f"{_short(ours.get(name))}; give another path, or remove the file"
             )
     for name, value in baselines.items():
         had = tensors[f"baselines.{name}"].to(value)
         if had.shape != value.shape or not torch.allclose(had, value, rtol=CLOSE, atol=CLOSE, equal_nan=True):
-            raise CacheFileError(
+            raise AnalysisFileError(
                 f"{shown!r} is of another sweep: the unpatched run has another {name!r} here, so the weights or the "
                 "metric are others; give another path, or remove the file"
             )

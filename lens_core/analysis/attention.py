@@ -72,6 +72,7 @@ class AttentionStatistics:
     source_counts: Int[Tensor, " token"] = attrs.field(repr=False)
     source_shares: Float[Tensor, "layer n_heads token"] | None = attrs.field(repr=False, default=None)
 
+    @checks_arguments
     def top_sources(self, layer: int, head: int, k: int = 5) -> list[tuple[int, float, int]]:
         """List what a head looks at most: token id, its share of the attention, and how often the token occurs.
 
@@ -102,6 +103,7 @@ class AttentionStatistics:
         ]
         return need("pandas", "a data frame").DataFrame(rows)
 
+    @checks_arguments
     def picture(self, name: str = "entropy") -> view.Picture:
         """Draw one statistic, layer by head.
 

@@ -75,6 +75,7 @@ class HeadScores:
         """Give the score less the mean of the controls: what the text, not the position, explains."""
         return self.scores - self.control.mean(0)
 
+    @checks_arguments
     def of(self, kind: str, *, excess: bool = False) -> dict[tuple[int, int], float]:
         """Give one kind's scores by `(layer, head)`, as `heads.heads_above` and `heads.control_heads` take them.
 
@@ -94,6 +95,7 @@ class HeadScores:
             for head, score in enumerate(row)
         }
 
+    @checks_arguments
     def top(self, kind: str, k: int = 5, *, excess: bool = False) -> list[tuple[tuple[int, int], float]]:
         """List the k best heads of a kind with their scores, best first."""
         return sorted(self.of(kind, excess=excess).items(), key=lambda item: -item[1])[:k]
@@ -120,6 +122,7 @@ class HeadScores:
         ]
         return need("pandas", "a data frame").DataFrame(rows)
 
+    @checks_arguments
     def picture(self, kind: str, *, excess: bool = False) -> view.Picture:
         """Draw one kind's scores, layer by head.
 

@@ -58,6 +58,7 @@ class SteeringVector:
     origin: Mapping[str, str] = attrs.field(repr=False, factory=dict[str, str])
     facts: Mapping[str, Any] = attrs.field(repr=False, factory=dict[str, Any])
 
+    @checks_arguments
     def hooks(
         self, scale: float = 1.0, *, layers: Any = None, positions: Any = None, units: Units = "vector"
     ) -> list[Entry]:
@@ -90,6 +91,7 @@ class SteeringVector:
             entries.append((name, flattened(add), *where))
         return entries
 
+    @checks_arguments
     def ablation_hooks(self, *, layers: Any = None, positions: Any = None) -> list[Entry]:
         """Give hook entries that remove what activations have along the vectors, whatever their length.
 
@@ -121,6 +123,7 @@ class SteeringVector:
             raise ArgumentError(f"there is no vector for layer {min(missing)}; there are vectors for layers {there}")
         return [name for name in self.vectors if _layer(name) in wanted]
 
+    @checks_arguments
     def coefficient(self, name: str, scale: float, units: Units = "vector") -> float:
         """Give what a vector is multiplied by, for a scale in some units."""
         if isinstance(scale, bool) or not isinstance(scale, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]

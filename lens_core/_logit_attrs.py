@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
     from lens_core.model import LensModel
 
-__all__ = ["logit_attrs", "logit_directions", "token_ids"]
+__all__ = ["logit_attrs", "logit_bias", "logit_directions", "logits_of", "token_ids", "token_pair"]
 
 
 @checks_arguments
@@ -65,7 +65,7 @@ def logit_attrs(
     stack = apply_ln_to_stack(
         cache, residual_stack, pos_slice=pos_slice, batch_slice=batch_slice, has_batch_dim=has_batch_dim
     )
-    right, wrong = _token_ids(cache, tokens, incorrect_tokens)
+    right, wrong = token_pair(cache, tokens, incorrect_tokens)
     has_rows = has_batch_dim and cache.has_batch_dim and not isinstance(batch_slice, int)
     has_positions = not isinstance(pos_slice, int)
     right = _aligned(right, stack, has_rows=has_rows, has_positions=has_positions)
@@ -75,9 +75,7 @@ def logit_attrs(
     attrs = torch.einsum("c...d,...d->c...", stack, gain * through)
     if not return_bias:
         return attrs
-    model = model_of(cache)
-    b_U = model.weight("b_U").detach().to(through.device, through.dtype) * model.declaration.logit_factor
-    return attrs, through @ bias + (b_U[right] if wrong is None else b_U[right] - b_U[wrong])
+    return attrs, through @ bias + _output_bias(cache, right, wrong, through)
 
 
 @checks_arguments
@@ -99,13 +97,39 @@ def logit_directions(cache: "ActivationCache", tokens: Any, incorrect_tokens: An
         TokenizerError: Text that is not one token.
         TokenIdError: An id outside the vocabulary.
     """
-    right, wrong = _token_ids(cache, tokens, incorrect_tokens)
+    right, wrong = token_pair(cache, tokens, incorrect_tokens)
     weight = model_of(cache).weight("W_U")
     like = torch.empty(0, device=cache.device, dtype=torch.promote_types(weight.dtype, torch.float32))
     return _final_affine(cache, like)[0] * _unembedding(cache, right, wrong, like)
 
 
-def _token_ids(cache: "ActivationCache", tokens: Any, incorrect_tokens: Any) -> tuple[Tensor, Tensor | None]:
+def logit_bias(cache: "ActivationCache", right: Tensor, wrong: Tensor | None, like: Tensor) -> Tensor:
+    """Give what no part of the stream adds to the logits of ids (less those of others), in the ids' shape."""
+    through = _unembedding(cache, right, wrong, like)
+    return through @ _final_affine(cache, through)[1] + _output_bias(cache, right, wrong, through)
+
+
+def logits_of(cache: "ActivationCache", received: Tensor, right: Tensor, wrong: Tensor | None) -> Tensor:
+    """Give the logits of ids (less those of others) from what the unembedding received, `[*ids, d_model]`."""
+    received = received.to(torch.promote_types(received.dtype, torch.float32))
+    through = _unembedding(cache, right, wrong, received)
+    return (received * through).sum(-1) + _output_bias(cache, right, wrong, through)
+
+
+def _output_bias(cache: "ActivationCache", right: Tensor, wrong: Tensor | None, like: Tensor) -> Tensor:
+    model = model_of(cache)
+    b_U = model.weight("b_U").detach().to(like.device, like.dtype) * model.declaration.logit_factor
+    return b_U[right] if wrong is None else b_U[right] - b_U[wrong]
+
+
+def token_pair(cache: "ActivationCache", tokens: Any, incorrect_tokens: Any) -> tuple[Tensor, Tensor | None]:
+    """Read tokens and those subtracted, on the cache's device; one token has no axes.
+
+    Raises:
+        TokenizerError: Text that is not one token.
+        TokenIdError: An id outside the vocabulary.
+        ArgumentError: Neither text nor ids, or two shapes.
+    """
     right = _ids(cache, tokens)
     wrong = None if incorrect_tokens is None else _ids(cache, incorrect_tokens)
     if wrong is not None and right.ndim and wrong.ndim and right.shape != wrong.shape:

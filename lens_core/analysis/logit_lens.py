@@ -28,7 +28,7 @@ from lens_core.errors import ArgumentError, InputError
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-__all__ = ["LogitLens", "logit_lens"]
+__all__ = ["LogitLens", "decoder", "logit_lens", "normed"]
 
 _SHADES = {"entropy": "nats", "kl": "nats", "probability": "probability"}
 
@@ -224,7 +224,7 @@ def logit_lens(
             streams[:-1] = [
                 stream if layer == last else lens(stream, layer) for stream, layer in zip(streams[:-1], at, strict=True)
             ]
-        *entries, reference = (_normed(model, stream).flatten(0, 1) for stream in streams)
+        *entries, reference = (normed(model, stream).flatten(0, 1) for stream in streams)
     found = read_vocabulary(
         model, entries, reference, targets=None if ids is None else ids.flatten(0, 1), top=top, chunk=chunk
     )
@@ -281,8 +281,8 @@ def _rows(cache: ActivationCache, value: Tensor, *, axes: int = 2) -> Tensor:
     return value if cache.has_batch_dim or value.ndim > axes else value[None]
 
 
-def _normed(model: "LensModel", stream: Tensor) -> Tensor:
-    """Apply the final norm where it is."""
+def normed(model: "LensModel", stream: Tensor) -> Tensor:
+    """Apply the final norm where it is, in the dtype that HF's stream has there."""
     module = model.bare_model.get_submodule(model.declaration.norms["ln_final"].path)
     weight = next(module.parameters(), stream)
     return model.ln_final(stream if weight.is_meta else stream.to(weight.device))

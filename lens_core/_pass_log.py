@@ -164,7 +164,8 @@ def row_pieces(parameter: Tensor, axis: int) -> list[Tensor]:
     """Cut a parameter into pieces `[rows, width]`, with the axis last; views."""
     moved = parameter.detach().movedim(axis, -1)
     matrices = moved.unbind(0) if moved.ndim == 3 else (moved if moved.ndim == 2 else moved[None],)
-    return [piece for matrix in matrices for piece in matrix.split(max(1, CHUNK // matrix.shape[-1]))]
+    rows = max(1, CHUNK // moved.shape[-1])
+    return [matrix[start : start + rows] for matrix in matrices for start in range(0, len(matrix), rows)]
 
 
 def _configs(root: Any) -> tuple[Any, Any]:

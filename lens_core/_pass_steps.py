@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lens_core._declaration import NormPlace
 from lens_core._pass_log import Editor, row_pieces
 from lens_core._pass_rules import attention_layers, bias_path, matrix_of
 from lens_core._pass_weights import Matrix, find_matrix, wide
+from lens_core.factored import FactoredMatrix
 
 __all__ = ["center_embeddings_and_branches", "center_vocabulary", "fold_norms", "fold_values", "refactor_heads"]
 
@@ -177,12 +179,10 @@ def _refactor_values_and_outputs(editor: Editor, layer: int) -> None:
 
 
 def _singular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give U, S and V of `a b^T` for each head, `[head, n, e]`, by way of the small factors."""
-    (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a), torch.linalg.qr(b)
-    left, singular, right = torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)
-    pad = a.shape[-1] - singular.shape[-1]
-    found = (q_a @ left, singular, q_b @ right.mT)
-    return tuple(torch.nn.functional.pad(part, (0, pad)) for part in found)  # pyright: ignore[reportReturnType]
+    """Give U, S and V of `a b^T` for each head, `[head, n, e]`, filled up with zeros where n is less than e."""
+    left, values, right = FactoredMatrix(a, b.mT).svd()
+    rest = (0, a.shape[-1] - values.shape[-1])
+    return pad(left, rest), pad(values, rest), pad(right.mT, rest)
 
 
 def _put(editor: Editor, name: str, layer: int, value: Tensor) -> None:

@@ -31,25 +31,28 @@ def find_matrix(root: nn.Module, path: str) -> Matrix:
         AttributeError: There is nothing.
     """
     owner, _, name = path.rpartition(".")
-    if name in root.get_submodule(owner)._parameters:
+    beside = _own(root.get_submodule(owner))
+    if name in beside:
         experts: Any = root.get_submodule(owner)
         reads, writes = (-2, -1) if getattr(experts, "is_transposed", False) else (-1, -2)
-        bias = f"{path}_bias" if f"{name}_bias" in experts._parameters else None
+        bias = f"{path}_bias" if f"{name}_bias" in beside else None
         return Matrix(weight=path, reads=reads, writes=writes, bias=bias)
     module: Any = root.get_submodule(path)
     # HF's Conv1D and an embedding are stored [in, out].
     reads, writes = (-2, -1) if hasattr(module, "nf") or isinstance(module, nn.Embedding) else (-1, -2)
-    has_bias = module._parameters.get("bias") is not None
-    takes_bias = type(module).forward is nn.Linear.forward
-    return Matrix(
-        weight=f"{path}.weight", reads=reads, writes=writes, bias=f"{path}.bias" if has_bias or takes_bias else None
-    )
+    has_bias = "bias" in _own(module) or getattr(type(module), "forward", None) is nn.Linear.forward
+    return Matrix(weight=f"{path}.weight", reads=reads, writes=writes, bias=f"{path}.bias" if has_bias else None)
 
 
 def find_parameter(root: nn.Module, path: str) -> nn.Parameter | None:
     """Give a parameter by its path; None where there is none, or something that stands for one."""
     owner, _, name = path.rpartition(".")
-    return root.get_submodule(owner)._parameters.get(name)
+    return _own(root.get_submodule(owner)).get(name)
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Give a module's own parameters: what is one, and not made from some."""
+    return dict(module.named_parameters(recurse=False))
 
 
 def problem(root: nn.Module, path: str) -> str | None:

@@ -53,6 +53,8 @@ class WeightPass:
         after: What is true of the weights afterwards.
         holds: Where it may be applied.
         precedes: Passes that it must come before, since it would undo what they did.
+        rule: Gives the reason why a model does not allow it, or None.
+        steps: Does it, weight by weight.
 
     Example:
         >>> import lens_core as lens
@@ -69,15 +71,15 @@ class WeightPass:
     after: str
     holds: str
     precedes: tuple[str, ...] = ()
-    _why_not: Callable[[Any], str | None] = attrs.field(alias="why_not", repr=False)
-    _steps: Callable[[Editor], Iterator[int | None]] = attrs.field(alias="steps", repr=False)
+    rule: Callable[[Any], str | None] = attrs.field(repr=False)
+    steps: Callable[[Editor], Iterator[int | None]] = attrs.field(repr=False)
 
     def why_not(self, model: "LensModel") -> str | None:
         """Say why the pass does not hold for a model; None if it does. Looks at weights, changes none."""
         late = [name for name in log_of(_checked(model).bare_model).applied if name in self.precedes]
         if late:
             return f"it would undo what {late[0]} did: model.undo_passes(), and apply {self.name} first"
-        return self._why_not(model)
+        return self.rule(model)
 
     @checks_arguments
     def __call__(self, model: "LensModel", *, copy: bool = False, keep: bool = True) -> "LensModel":
@@ -118,7 +120,7 @@ fold_ln = WeightPass(
     holds="models whose weights behind norms are all declared, and can take on the norms' biases; "
     "norms between a branch and the sum stay as they are",
     precedes=("fold_value_biases", "refactor_factored_attn_matrices"),
-    why_not=rules.no_fold_ln,
+    rule=rules.no_fold_ln,
     steps=steps.fold_norms,
 )
 """The norms' gains and biases, into the weights that read them: of attention, MLPs, routers and experts, in_proj of
@@ -130,7 +132,7 @@ center_writing_weights = WeightPass(
     after="what writes to the residual stream has no mean over d_model",
     holds="models whose norms are all LayerNorms before a branch",
     precedes=("refactor_factored_attn_matrices",),
-    why_not=rules.no_writing_centring,
+    rule=rules.no_writing_centring,
     steps=steps.center_embeddings_and_branches,
 )
 """The mean over d_model, out of embeddings and out of the last weights and biases of each branch."""
@@ -140,7 +142,7 @@ center_unembed = WeightPass(
     law="log-probabilities stay, and so do logits less their mean over the vocabulary",
     after="W_U and b_U have no mean over the vocabulary",
     holds="models without a soft cap of the logits",
-    why_not=rules.no_unembed_centring,
+    rule=rules.no_unembed_centring,
     steps=steps.center_vocabulary,
 )
 """The mean over the vocabulary, out of the unembedding."""
@@ -150,7 +152,7 @@ fold_value_biases = WeightPass(
     law="logits, the residual stream, scores and patterns stay; z loses its constant part",
     after="b_V is 0",
     holds="attention whose pattern's rows sum to 1",
-    why_not=rules.no_value_folding,
+    rule=rules.no_value_folding,
     steps=steps.fold_values,
 )
 """Biases of the values, into that of attention's output."""
@@ -161,7 +163,7 @@ refactor_factored_attn_matrices = WeightPass(
     after="a head's W_Q and W_K, biases included, have orthogonal columns of equal lengths, its W_O orthonormal rows; "
     "b_V is 0",
     holds="attention without rotation or norms of queries and keys, and with keys and values of each head's own",
-    why_not=rules.no_refactoring,
+    rule=rules.no_refactoring,
     steps=steps.refactor_heads,
 )
 """Each head's W_Q W_K^T and W_V W_O, in their singular bases."""
@@ -188,14 +190,20 @@ def _apply(one: WeightPass, model: Any, *, keep: bool) -> None:
     layers: dict[int, None] = {}
     try:
         with torch.no_grad():
-            for layer in one._steps(editor):
+            for layer in one.steps(editor):
                 if layer is not None:
                     layers.setdefault(layer)
     except BaseException as error:
         _give_up(one, model, log, error)
-    made = {"untied": editor.untied, "added_bytes": editor.added_bytes, "kept_bytes": editor.kept_bytes}
-    log.records[:] = [record for record in log.records if record.name != one.name]  # it was left out before
-    log.records.append(PassRecord(name=one.name, layers=tuple(sorted(layers)), changed=tuple(editor.changed), **made))
+    record = PassRecord(
+        name=one.name,
+        layers=tuple(sorted(layers)),
+        changed=tuple(editor.changed),
+        untied=editor.untied,
+        added_bytes=editor.added_bytes,
+        kept_bytes=editor.kept_bytes,
+    )
+    log.records[:] = [*(old for old in log.records if old.name != one.name), record]  # it was left out before
 
 
 def _give_up(one: WeightPass, model: Any, log: PassLog, error: BaseException) -> None:

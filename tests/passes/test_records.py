@@ -110,10 +110,10 @@ def test_what_does_not_hold_is_left_out_or_refused():
 
 def test_without_originals_nothing_is_undone(model):
     """It says what to do, and the passes stay."""
-    center_unembed(model, keep=False)
+    center_writing_weights(model, keep=False)
     assert model.passes[0].kept_bytes == 0
     fold_ln(model)
-    with pytest.raises(lens.WeightError, match="center_unembed, fold_ln cannot be undone: the original weights were"):
+    with pytest.raises(lens.WeightError, match="center_writing_weights, fold_ln cannot be undone: the original"):
         model.undo_passes()
     assert len(model.passes) == 2
 

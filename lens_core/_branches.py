@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from lens_core._call import ModuleCall
+from lens_core._norms import norm_of_copy
 from lens_core._plan import ModuleStep
 from lens_core._watch import Watch
 
@@ -44,7 +45,7 @@ class BranchInput:
     def _replace(self, call: ModuleCall) -> None:
         value = call.run.now.scratch.pop(self, None)
         if value is not None:
-            call.input = call.run.module(self.norm).forward(value)  # not __call__: its own hooks have fired
+            call.input = norm_of_copy(call.run, self.norm, value)
 
 
 @attrs.frozen(kw_only=True)

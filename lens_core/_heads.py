@@ -13,6 +13,7 @@ from lens_core._attention import Override, attention_steps
 from lens_core._call import ModuleCall
 from lens_core._graph import explicit_where, gradients, with_gradient_of
 from lens_core._linear import linear_weight
+from lens_core._norms import norm_of_copy
 from lens_core._plan import ModuleStep, SlotStep
 from lens_core._views import Columns
 from lens_core._watch import Watch
@@ -170,7 +171,7 @@ class HeadInput:
         """Norm the copies of some heads and project each by the columns of `own`."""
         normed = copies.tensor[:, :, heads]
         if self.norm is not None:
-            normed = call.run.module(self.norm).forward(normed)  # not __call__: the norm's own hooks have fired
+            normed = norm_of_copy(call.run, self.norm, normed)
         projection = self.projections[part]
         normed = normed if projection.in_scale == 1 else normed * projection.in_scale
         return _project_heads(call.module, normed, projection.columns, own)

@@ -1,16 +1,20 @@
 """Norms taken apart: the centred input, its scale, and what gain and bias make of the normalized input."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lens_core._graph import with_gradient_of
 from lens_core._offload import loaded
 
-__all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "Gain", "NormKind"]
+if TYPE_CHECKING:
+    from lens_core._plan import Run
+
+__all__ = ["LAYER_NORM", "RMS_NORM", "RMS_NORM_GAIN_FIRST", "RMS_NORM_OFFSET", "Gain", "NormKind", "norm_of_copy"]
 
 
 @attrs.frozen(kw_only=True)
@@ -116,3 +120,18 @@ RMS_NORM_OFFSET = NormKind(
     equation="normalized * (1 + gain)",
     gain=Gain(offset=1.0),
 )
+
+
+def norm_of_copy(run: "Run", path: str, copy: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Apply a block's norm to a copy of what it read, without its hooks, which have fired.
+
+    The copy has a scale of its own; but where a function stopped the gradient of the norm's scale (`NormInside` says
+    so), it flows through no copy's scale either: else reading a copy's gradient would change that of the stream.
+    """
+    module = run.module(path)
+    out: Tensor = module.forward(copy)
+    kind: NormKind | None = run.now.scratch.get((path, "stopped"))
+    if kind is None or not out.requires_grad:
+        return out
+    centred, scale = kind.split(module, copy)
+    return with_gradient_of(kind.affine(module, (centred / scale.detach()).to(copy.dtype)), out)

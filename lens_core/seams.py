@@ -226,6 +226,8 @@ class NormInside:
             if scale_watch is not None:
                 shown = scale.to(dtype)
                 new = scale_watch.fire(shown, beside=True)
+                if torch.is_grad_enabled() and shown.requires_grad and not new.requires_grad:
+                    call.run.now.scratch[self.path, "stopped"] = self.kind
                 if scale_watch.edited or scale_watch.rerouted:
                     # Where no function changed it, the scale keeps the digits that the model's dtype has not.
                     is_new = new != shown

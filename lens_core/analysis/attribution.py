@@ -261,6 +261,7 @@ class _Nodes:
         self.names = [point.name for point in points]
         self.values: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def run(self) -> None:
         """Run what the method asks for."""
         way, names = self.way, self.names
@@ -338,6 +339,7 @@ class _Edges:
             found[name] = slice(found[name].start if name in found else row, row + 1)
         return found
 
+    @torch.no_grad()
     def compare(self, clean: Any, corrupted: Any) -> None:
         """Take the differences of what writers added in both runs."""
         values = contributions(clean, self.graph.writers)

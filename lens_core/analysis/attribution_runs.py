@@ -68,7 +68,7 @@ class Pair:
 
         Args:
             which: The input.
-            names: Hook points whose values and gradients are kept.
+            names: Hook points whose values and gradients are kept, the values on the graph.
             fwd_hooks: Functions that put values in place; they append to `leaves` what gradients may end at.
             bwd_hooks: Functions that are given gradients.
             leaves: See there.
@@ -81,16 +81,18 @@ class Pair:
             return leaves[-1]
 
         starts = [(name, leaf) for name in self.model.declaration.embeddings]
-        kept = list(names) or list(self.model.declaration.embeddings)
+        kept = [*names, *(name for name, _ in bwd_hooks)] or list(self.model.declaration.embeddings)
         with (
             torch.enable_grad(),
             self.model.hooks([*fwd_hooks, *starts], bwd_hooks),
-            self.model.caching(kept, incl_bwd=bool(names) and not bwd_hooks) as cache,
+            self.model.caching(kept, detach=False) as cache,
         ):
             measured = self._measured(self.model(self._input(which), **self.options))
             if before_backward is not None:
                 before_backward(cache)
-            self._backward(measured, leaves)
+            # Where a function stopped a gradient, the graph starts anew.
+            stopped = [value for name in cache if (value := cache[name]).is_leaf and value.requires_grad]
+            self._backward(measured, [*leaves, *stopped])
         return cache, measured.detach()
 
     def _input(self, which: At) -> Any:

@@ -2,44 +2,20 @@
 
 import pytest
 import torch
-from analysis.test_graph import of_family
-from golden.tiny import random_tokens, tiny_gpt2
-from golden.tiny_llama import tiny_llama
-from golden.tiny_ssm import tiny_ssm
+from analysis.attribution_subject import CLEAN, CORRUPTED, change_of, heard, shared
 from lens_conformance.float64 import true_float64
 
-import lens_core as lens
 from lens_core.analysis.attribution import attribute_edges, attribute_nodes
-from lens_core.analysis.graph import contributions, graph
+from lens_core.analysis.graph import graph
 
-CLEAN, CORRUPTED = random_tokens(2, 5, vocab=24), random_tokens(2, 5, seed=1, vocab=24)
 STEP = 1e-5
-BUILD = {
-    "gpt2": lambda: tiny_gpt2(dtype=torch.float64),
-    "llama": lambda: tiny_llama("llama-biases"),
-    "gemma3_text": lambda: tiny_llama("gemma3_text"),
-    "stablelm-parallel": lambda: tiny_llama("stablelm-parallel"),
-    "mamba": lambda: tiny_ssm("mamba", dtype=torch.float64),
-    "mamba2": lambda: tiny_ssm("mamba2", dtype=torch.float64),
-    "falcon_h1": lambda: of_family("falcon_h1"),
-}
+TYPES = ("gpt2", "llama-biases", "gemma3_text", "stablelm-parallel", "mamba", "mamba2", "falcon_h1")
 
 
 def metric(logits):
     """Give a smooth function of the last logits, for each row."""
     last = logits[:, -1].double()
     return last[:, 3] - last[:, 7] + 0.1 * last[:, :5].logsumexp(-1)
-
-
-def built(name):
-    """Build a tiny model of a type in float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with true_float64():
-            return lens.load(BUILD[name]().double())
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +27,13 @@ def _float64():
 @pytest.fixture(scope="module")
 def gpt2():
     """Give one of them."""
-    return built("gpt2")
+    return shared("gpt2")
 
 
-@pytest.fixture(scope="module", params=list(BUILD))
+@pytest.fixture(scope="module", params=TYPES)
 def model(request):
     """Give each of them."""
-    return built(request.param)
+    return shared(request.param)
 
 
 @torch.no_grad()
@@ -128,19 +104,12 @@ def test_edges_are_slopes_at_what_the_reader_reads(model):
     """What the writer adds is moved at the reader's own copy of the stream only: two runs for each edge."""
     own = graph(model, heads=model.cfg.model_type != "stablelm")
     found = attribute_edges(model, CLEAN, CORRUPTED, metric, graph=own)
-    _, clean = model.run_with_cache(CLEAN, names_filter=own.writer_names)
-    _, corrupted = model.run_with_cache(CORRUPTED, names_filter=own.writer_names)
-    delta = contributions(clean, own.writers) - contributions(corrupted, own.writers)
+    delta = change_of(model, own)
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:8].tolist()
     for edge in (own.edges[index] for index in order):
         writer, reader = own.writers.index(edge.source), own.readers.index(edge.target)
-        moved = delta[writer]
-        if edge.target.part is not None:
-            axis = "n_heads" if edge.target.part == "q" else "n_kv_heads"
-            moved = moved[:, :, None].repeat(1, 1, model.cfg.sizes[axis], 1)
-            if edge.target.head is not None:
-                moved = only(moved, ("second",), [edge.target.head])
-        expected = slope(model, CORRUPTED, edge.target.hook, moved)
+        there, back = (measured(model, CORRUPTED, heard(edge.target, by * delta[writer])) for by in (STEP, -STEP))
+        expected = (there - back) / (2 * STEP)
         torch.testing.assert_close(found.values[:, writer, reader], expected, rtol=1e-5, atol=1e-7)
     assert not found.values[:, ~own.mask].any()
     assert (found.values[:, own.mask].abs() > 1e-9).float().mean() > 0.5

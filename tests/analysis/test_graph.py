@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from analysis.attribution_subject import shared
 from golden.tiny import random_tokens, tiny_gpt2
 from golden.tiny_llama import tiny_llama
 from golden.tiny_ssm import tiny_ssm
-from lens_conformance.families import known_families
 from lens_conformance.float64 import true_float64
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -20,37 +20,10 @@ HYBRIDS = ("jamba", "nemotron_h", "falcon_h1")
 OTHERS = ("gpt2", "mamba", "mamba2")
 
 
-def of_family(model_type):
-    """Build the kit's tiny model of a type, noise in every parameter."""
-    family = known_families()[model_type]
-    config = AutoConfig.for_model(model_type, **family.config)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        if torch.get_default_dtype() == torch.float64 and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(family.noise(name, parameter))
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=[*OTHERS, *LLAMAS, *HYBRIDS])
 def float64_model(request):
     """Give a tiny model in float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with true_float64():
-            if request.param == "gpt2":
-                made = tiny_gpt2(dtype=torch.float64)
-            elif request.param in OTHERS:
-                made = tiny_ssm(request.param, dtype=torch.float64)
-            else:
-                made = (tiny_llama if request.param in LLAMAS else of_family)(request.param)
-    finally:
-        torch.set_default_dtype(before)
-    return lens.load(made.double())
+    return shared(request.param)
 
 
 @pytest.mark.parametrize(("heads", "per_query_head"), [(True, True), (True, False), (False, False)])

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lens_core._state import State
     from lens_core._watch import Hook
     from lens_core.analysis import patching
+    from lens_core.analysis.comparing import compare
     from lens_core.cache import ActivationCache
     from lens_core.factored import FactoredMatrix
     from lens_core.hook_points import HookPoint, get_act_name
@@ -107,6 +108,7 @@ __all__ = [
     "WeightError",
     "WeightsError",
     "__version__",
+    "compare",
     "edits",
     "get_act_name",
     "load",
@@ -123,6 +125,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "HookPoint": "lens_core.hook_points",
     "LensModel": "lens_core.model",
     "State": "lens_core._state",
+    "compare": "lens_core.analysis.comparing",
     "edits": "lens_core.edits",
     "get_act_name": "lens_core.hook_points",
     "load": "lens_core.model",

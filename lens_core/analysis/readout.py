@@ -193,7 +193,7 @@ class _Sums:
         logits = self.head.logits(self.vectors, part)
         best = torch.maximum(self.largest, logits.amax(-1))
         shrunk = (self.largest - best).exp()  # exp(-inf) at the first chunk
-        beyond = torch.where(shrunk > 0, shrunk * (self.largest - best), 0.0)
+        beyond = torch.where(shrunk == 0, 0.0, shrunk * (self.largest - best))
         relative = logits - best[:, None]
         weights = relative.exp()
         self.first_moment = shrunk * self.first_moment + beyond * self.total + _weighted(weights, relative)
@@ -232,7 +232,7 @@ class _Chunk:
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Sum values by weights over tokens; a token of weight 0 adds nothing, though its logit be minus infinity."""
-    return torch.where(weights > 0, weights * values, 0.0).sum(-1)
+    return torch.where(weights == 0, 0.0, weights * values).sum(-1)
 
 
 def _target_ids(model: "LensModel", targets: Any, n_rows: int) -> Int[Tensor, "row target"] | None:

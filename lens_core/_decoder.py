@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from lens_core._declaration import CallInput
+from lens_core._expert_weights import ExpertLayout
 from lens_core._norms import RMS_NORM, NormKind
 from lens_core.hook_points import HookPoint
 from lens_core.weights import WeightView
@@ -81,6 +82,9 @@ class Moe:
     router_linear: str | None = None
     """The `nn.Linear` in the router; empty where the router is one itself, None where it has a bare weight."""
     experts: str = "experts"
+    expert_layout: ExpertLayout = "gated"
+    """How the experts' weights lie in HF's tensors: `[expert, gate | up, in]`; columns of gate and up by turns, with
+    biases; or no gate."""
     n_experts: int
     per_token: int
     beside: str | None = None

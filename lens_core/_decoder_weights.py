@@ -7,6 +7,7 @@ from lens_core._declaration import Declaration, LensConfig
 from lens_core._decoder import Decoder, Mixer
 from lens_core._decoder_flow import decoder_readers, decoder_writing
 from lens_core._decoder_points import decoder_norms, decoder_points, projections
+from lens_core._expert_weights import expert_weights
 from lens_core._rotary import rotary_reach
 from lens_core._views import Columns
 from lens_core.weights import WeightView, weight_and_bias
@@ -115,6 +116,8 @@ def _weights(decoder: Decoder, cfg: LensConfig) -> Iterator[WeightView]:
         if sparse != ():
             pattern = "expert d -> d expert" if moe.router_linear is None else None
             yield from weight_and_bias("router", path, pattern=pattern, layers=sparse)
+            experts = ".".join(name for name in (block, moe.path, moe.experts) if name)
+            yield from expert_weights(experts, moe.expert_layout, sparse)
     yield from _mlp(decoder, cfg)
     if decoder.mixer is not None and any("mixer" in decoder.branches(layer) for layer in range(cfg.n_layers)):
         yield from decoder.mixer.weights

@@ -193,6 +193,41 @@ def test_dense_MLPs(run):
         same(cache[f"{at}out"], out)
 
 
+def gpt_oss_gate(gate, up):
+    """HF's `GptOssExperts._apply_gate`."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+def test_experts(run):
+    """What each chosen expert returns for each token, one at a time."""
+    model, cache = run
+    kind = model.cfg.model_type
+    for layer in range(model.cfg.n_layers):
+        at = f"blocks.{layer}.mlp.hook_"
+        if f"{at}expert_out" not in cache:
+            continue
+        own = {n: model.weight(n, layer) for n in model.weight_names if n.startswith(("W_expert", "b_expert"))}
+        assert own["W_expert_in"].shape[:2] == (model.cfg.n_experts, model.cfg.d_model)
+        x, chosen, made = cache[f"{at}in"], cache[f"{at}expert_indices"], cache[f"{at}expert_out"]
+        for row in range(2):
+            for pos in range(6):
+                for place, expert in enumerate(chosen[row, pos].tolist()):
+
+                    def through(name, value, expert=expert, own=own):
+                        bias = own.get(f"b_expert_{name}")
+                        return value @ own[f"W_expert_{name}"][expert] + (0 if bias is None else bias[expert])
+
+                    up = through("in", x[row, pos])
+                    if kind == "gpt_oss":
+                        inside = gpt_oss_gate(through("gate", x[row, pos]), up)
+                    elif kind == "nemotron_h":
+                        inside = up.relu().square()
+                    else:
+                        inside = torch.nn.functional.silu(through("gate", x[row, pos])) * up
+                    same(made[row, pos, place], through("out", inside))
+
+
 def test_mixers(run):
     """Every projection of a state-space mixer, its convolution written as a sum, decay and skip."""
     model, cache = run

@@ -69,6 +69,7 @@ def all_checks() -> dict[str, Check]:
         passes,
         reading,
         ssm,
+        weights,
     )
 
     first = ("runs", "declaration", "dtypes")  # in whose messages the others' failures often have their cause

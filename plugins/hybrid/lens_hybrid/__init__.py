@@ -23,7 +23,7 @@ _CAPABILITIES = dict.fromkeys(Capability, Support.FULL) | {
     Capability.TORCH_COMPILE: (Support.PARTIAL, "a compiled model runs eagerly while it is hooked"),
 }
 _EXPERT_WEIGHTS = {
-    Capability.WEIGHT_VIEWS: (Support.PARTIAL, "W_in, W_gate and W_out are given for dense MLPs, not for experts")
+    Capability.WEIGHT_VIEWS: (Support.PARTIAL, "an expert that every position visits, where there is one, has no views")
 }
 _NO_LIMIT = {Capability.GENERATE: Support.FULL}
 _LEAST_STEP = {

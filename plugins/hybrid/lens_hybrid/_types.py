@@ -114,6 +114,7 @@ def _nemotron(config: Any) -> Decoder:
     moe = Moe(
         layers=sparse,
         path="mixer",
+        expert_layout="plain",
         n_experts=config.n_routed_experts,
         per_token=config.num_experts_per_tok,
         reads=("experts.up_proj" if latent is None else "fc1_latent_proj", "shared_experts.up_proj"),

@@ -24,7 +24,7 @@ _CAPABILITIES = {
 }
 _EXPERT_WEIGHTS = (
     Support.PARTIAL,
-    "W_in, W_gate and W_out are given for blocks with a dense MLP only, not for experts and what stands beside them",
+    "an expert that every position visits, where there is one, has no views",
 )
 
 _HANDLED = (

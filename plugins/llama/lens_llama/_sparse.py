@@ -109,7 +109,11 @@ def _gpt_oss(config: Any) -> Decoder:
             "with weights in MXFP4, HF runs an MLP that calls neither router nor experts; load them dequantised: "
             "lens.load(..., quantization_config=transformers.Mxfp4Config(dequantize=True))"
         )
-    return Decoder(norm=RMS_NORM_GAIN_FIRST, attn=Attn(has_sinks=True), moe=LOCAL(config, router="router"))
+    return Decoder(
+        norm=RMS_NORM_GAIN_FIRST,
+        attn=Attn(has_sinks=True),
+        moe=LOCAL(config, router="router", expert_layout="interleaved"),
+    )
 
 
 def _jittered(config: Any, field: str, **fields: Any) -> Decoder:

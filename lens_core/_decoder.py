@@ -82,9 +82,9 @@ class Moe:
     router_linear: str | None = None
     """The `nn.Linear` in the router; empty where the router is one itself, None where it has a bare weight."""
     experts: str = "experts"
-    expert_layout: ExpertLayout = "gated"
+    expert_layout: ExpertLayout | None = "gated"
     """How the experts' weights lie in HF's tensors: `[expert, gate | up, in]`; columns of gate and up by turns, with
-    biases; or no gate."""
+    biases; or no gate. None gives no views of them."""
     n_experts: int
     per_token: int
     beside: str | None = None

@@ -117,7 +117,8 @@ def _weights(decoder: Decoder, cfg: LensConfig) -> Iterator[WeightView]:
             pattern = "expert d -> d expert" if moe.router_linear is None else None
             yield from weight_and_bias("router", path, pattern=pattern, layers=sparse)
             experts = ".".join(name for name in (block, moe.path, moe.experts) if name)
-            yield from expert_weights(experts, moe.expert_layout, sparse)
+            if moe.expert_layout is not None:
+                yield from expert_weights(experts, moe.expert_layout, sparse)
     yield from _mlp(decoder, cfg)
     if decoder.mixer is not None and any("mixer" in decoder.branches(layer) for layer in range(cfg.n_layers)):
         yield from decoder.mixer.weights

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from lens_core._arguments import checks_arguments
 from lens_core.analysis import graph as graphs
-from lens_core.analysis.attribution_results import Agreement, EdgeAttribution, NodeAttribution, agreement
 from lens_core.analysis._attribution_runs import At, Baseline, Method, Metric, Pair, difference, midpoints, put
+from lens_core.analysis.attribution_results import Agreement, EdgeAttribution, NodeAttribution, agreement
 from lens_core.analysis.nodes import contributions
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import HookPoint, NameFilter

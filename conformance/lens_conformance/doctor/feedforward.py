@@ -1,6 +1,7 @@
 """The inside of one MLP: gated, fused or plain, tried as equations; or a router and experts."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import attrs
 import torch
@@ -35,6 +36,8 @@ class Sparse:
     router: str
     router_linear: str | None
     experts: str
+    layout: str | None
+    """As `Moe.expert_layout`."""
     n_experts: int
     per_token: int
 
@@ -130,6 +133,20 @@ def _sparse(path: str, inside: list[Call], experts: Call) -> Sparse:
         router=router.path.removeprefix(f"{path}."),
         router_linear=linear[0] if linear else None,
         experts=experts.path.removeprefix(f"{path}."),
+        layout=_layout(experts.module),
         n_experts=stacked.shape[0],
         per_token=router.outputs[2].shape[-1],
     )
+
+
+def _layout(experts: Any) -> str | None:
+    """Say how the experts' weights lie, by their names and HF's own flags; None where `Moe` knows no such layout."""
+    kinds = {
+        ("down_proj", "gate_up_proj"): ("gated", False, True),
+        ("down_proj", "down_proj_bias", "gate_up_proj", "gate_up_proj_bias"): ("interleaved", True, False),
+        ("down_proj", "up_proj"): ("plain", False, True),
+    }
+    found = tuple(sorted(name for name, _ in experts.named_parameters(recurse=False)))
+    layout, *flags = kinds.get(found, (None,))
+    own = [getattr(experts, flag, None) for flag in ("is_transposed", "is_concatenated")]
+    return layout if own == flags else None

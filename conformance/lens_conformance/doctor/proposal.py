@@ -232,6 +232,7 @@ class _Writer:
         _put(told, "router", one.router, "gate")
         _put(told, "router_linear", one.router_linear, None)
         _put(told, "experts", one.experts, "experts")
+        _put(told, "expert_layout", one.layout, "gated")
         told["n_experts"] = self._number(one.n_experts, "n_experts", "expert")
         told["per_token"] = self._number(one.per_token, "per_token", "(per_tok|top|moe_k)")
         _put(told, "beside", block.beside, None)

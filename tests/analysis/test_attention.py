@@ -11,7 +11,7 @@ import lens_core as lens
 from lens_core.analysis.attention import STATISTICS, attention_statistics
 from lens_core.errors import ArgumentError, EmptyInputError, UnsupportedHookError
 
-TEXTS = [[1, 2, 3, 1, 2, 4, 1], [5, 6, 5], [8], [1, 1, 2, 2, 1, 3, 2, 1, 4]]
+TEXTS = [[5, 6, 5], [1, 2, 3, 1, 2, 4, 1], [8], [1, 1, 2, 2, 1, 3, 2, 1, 4]]
 
 
 def by_queries(model, layer, head):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lens_core._declaration import Declaration, NormPlace
-from lens_core._pass_weights import Matrix, find_matrix, find_parameter, problem
+from lens_core._pass_weights import Matrix, find_matrix, find_parameter, has_matrix, problem
 
 __all__ = [
     "attention_layers",
@@ -33,11 +33,17 @@ def no_fold_ln(model: Any) -> str | None:
 
 def _against_folding(root: nn.Module, declaration: Declaration) -> Iterator[str]:
     yield from _unread(root, declaration)
+    yield from _missing(root, [path for entry in declaration.readers for path in entry.readers])
     for entry in declaration.readers:
         if entry.norm is not None:
             yield from _against_norm(root, entry.norm, entry.readers)
     yield from _unknown(root, declaration)
     yield from _shared(root, _paths(declaration))
+
+
+def _missing(root: nn.Module, paths: list[str]) -> Iterator[str]:
+    """Name a path at which nothing is."""
+    yield from (f"the architecture declares {path}, which is not there" for path in paths if not has_matrix(root, path))
 
 
 def _paths(declaration: Declaration) -> list[str]:
@@ -144,6 +150,7 @@ def _against_centring(root: nn.Module, declaration: Declaration) -> Iterator[str
         yield f"{bare[0]} reads the residual stream without a norm before it"
     if not declaration.writing_weights:
         yield "the architecture does not say what writes to the stream (Declaration.writing_weights)"
+    yield from _missing(root, [writer.path for writer in declaration.writing_weights])
     for writer in declaration.writing_weights:
         matrix = find_matrix(root, writer.path)
         yield from _against(problem(root, matrix.weight))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lens_core._offload import has_placement
 
-__all__ = ["Matrix", "find_matrix", "find_parameter", "is_tied", "problem", "wide"]
+__all__ = ["Matrix", "find_matrix", "find_parameter", "has_matrix", "is_tied", "problem", "wide"]
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,10 +38,19 @@ def find_matrix(root: nn.Module, path: str) -> Matrix:
         bias = f"{path}_bias" if f"{name}_bias" in beside else None
         return Matrix(weight=path, reads=reads, writes=writes, bias=bias)
     module: Any = root.get_submodule(path)
+    has_bias = "bias" in _own(module) or getattr(module.__class__, "forward", None) is nn.Linear.forward
     # HF's Conv1D and an embedding are stored [in, out].
     reads, writes = (-2, -1) if hasattr(module, "nf") or isinstance(module, nn.Embedding) else (-1, -2)
-    has_bias = "bias" in _own(module) or getattr(type(module), "forward", None) is nn.Linear.forward
     return Matrix(weight=f"{path}.weight", reads=reads, writes=writes, bias=f"{path}.bias" if has_bias else None)
+
+
+def has_matrix(root: nn.Module, path: str) -> bool:
+    """Whether there is a linear map at a path."""
+    try:
+        find_matrix(root, path)
+    except AttributeError:
+        return False
+    return True
 
 
 def find_parameter(root: nn.Module, path: str) -> nn.Parameter | None:

@@ -132,6 +132,9 @@ def test_an_architecture_that_does_not_say_what_reads_a_norm():
     readers = model.declaration.readers
     refused(declared(model, readers=()), fold_ln, "does not say what reads .* \\(Declaration.readers\\)")
     refused(declared(model, readers=readers[:-1]), fold_ln, "does not say what reads model.norm")
+    gone = attrs.evolve(readers[0], readers=("model.layers.0.self_attn.nothing",))
+    told = "the architecture declares model.layers.0.self_attn.nothing, which is not there"
+    refused(declared(model, readers=(gone, *readers[1:])), fold_ln, told)
     one = attrs.evolve(readers[0], readers=readers[0].readers[:2])
     told = "nobody declares model.layers.0.self_attn.v_proj.weight, which has the width of the residual stream"
     refused(declared(model, readers=(one, *readers[1:])), fold_ln, told)

@@ -151,27 +151,27 @@ def measured_masks(
 
 @attrs.frozen(kw_only=True, eq=False)
 class EdgeEffects:
-    """What cutting each edge by itself did to a metric.
+    """What each edge does for a metric, by cutting it.
 
     Attributes:
         graph: The writers and readers.
-        values: The metric of the model with that one edge cut; NaN where there is no edge, or it was not tried.
+        values: The metric of the model with that one edge cut; NaN where there is no edge.
         baseline: The metric of the model.
     """
 
     graph: Graph
-    values: Float[Tensor, "writer reader batch"] = attrs.field(repr=False)
+    values: Float[Tensor, "batch writer reader"] = attrs.field(repr=False)
     baseline: Float[Tensor, " batch"] = attrs.field(repr=False)
 
     @property
-    def effect(self) -> Float[Tensor, "writer reader batch"]:
-        """How much cutting the edge moved the metric, in its unit."""
-        return self.values - self.baseline
+    def effect(self) -> Float[Tensor, "batch writer reader"]:
+        """How much higher the metric is with the edge than without, in its unit; as `EdgeAttribution.values`."""
+        return self.baseline[:, None, None] - self.values
 
     @property
     def scores(self) -> Float[Tensor, "writer reader"]:
         """The mean effect over the rows."""
-        return self.effect.mean(-1)
+        return self.effect.mean(0)
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
         """List the `k` edges of largest mean effect by size."""
@@ -193,7 +193,7 @@ class EdgeEffects:
         pandas = need("pandas", "a data frame")
         effect = self.effect
         lines = [
-            (edge.source.label, edge.target.label, row, float(effect[writer, reader, row]))
+            (edge.source.label, edge.target.label, row, float(effect[row, writer, reader]))
             for reader, reach in enumerate(self.graph.reach)
             for writer in range(reach)
             for edge in [Edge(self.graph.writers[writer], self.graph.readers[reader])]
@@ -243,9 +243,9 @@ def edge_effects(
     runs = edge_runs(model, found, input, corrupted, ablation=ablation, options=options)
     edges = [(writer, reader) for reader, reach in enumerate(found.reach) for writer in range(reach)]
     measured = measured_masks(runs, _each_without(found, edges), metric, batch_size)
-    values = measured.new_full((*found.mask.shape, measured.shape[1]), torch.nan)
+    values = measured.new_full((measured.shape[1], *found.mask.shape), torch.nan)
     for (writer, reader), value in zip(edges, measured, strict=True):
-        values[writer, reader] = value
+        values[:, writer, reader] = value
     return EdgeEffects(graph=found, values=values, baseline=runs.plain(metric))
 
 

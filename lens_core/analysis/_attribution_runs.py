@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lens_core.errors import ArgumentError
@@ -98,7 +97,7 @@ class Pair:
     def _input(self, which: At) -> Any:
         return self.clean if which == "clean" else self.corrupted
 
-    def _measured(self, logits: Tensor) -> Float[Tensor, "..."]:
+    def _measured(self, logits: Tensor) -> Tensor:
         value: Any = self.metric(logits)
         if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]):
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,9 +1,7 @@
 """Text in and out of a model: the methods of `LensModel` over its tokenizer."""
 
-from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -71,17 +69,24 @@ class Texts(Hooked):
             tokens: One token as text or id, a list of these, or a tensor of ids.
 
         Returns:
-            `[d_model]` for one token, else the tokens' shape with `d_model` appended.
+            `[d_model]` for one token, else the tokens' shape with `d_model` appended: columns of W_U. For parts of the
+            residual stream before the final norm, `cache.logit_directions` has its gain in as well.
+
+        Raises:
+            TokenizerError: Text that is not one token.
+            TokenIdError: An id outside the vocabulary.
         """
         ids = self.token_ids(tokens)
         directions = self.weight("W_U").T[ids]
         return directions.reshape(-1) if ids.numel() == 1 else directions
 
     def token_ids(self, tokens: Any) -> Tensor:
-        """Give ids on the model's device: one token or several, each as its text or its id."""
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        elif isinstance(tokens, list | tuple):
-            listed = cast("Sequence[Any]", tokens)
-            tokens = [self.to_single_token(token) if isinstance(token, str) else token for token in listed]
-        return torch.as_tensor(tokens, device=self.input_device)
+        """Give ids on the model's device: one token or several, each as its text or its id.
+
+        Raises:
+            TokenizerError: Text that is not one token.
+            TokenIdError: An id outside the vocabulary.
+        """
+        from lens_core._logit_attrs import token_ids
+
+        return token_ids(cast("Any", self), tokens, self.input_device)

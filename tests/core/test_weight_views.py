@@ -15,7 +15,7 @@ import lens_core as lens
 from lens_core.errors import WeightError
 
 TOKENS = random_tokens(2, 6)
-SEQUENTIAL = ("gpt2", "llama", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "stablelm", "opt", "gpt_bigcode")
+SEQUENTIAL = ("gpt2", "llama", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "stablelm", "granite", "opt", "gpt_bigcode")
 HYBRID = ("bamba", "jamba", "falcon_h1", "nemotron_h")
 SSM = ("mamba", "mamba2")
 
@@ -53,6 +53,8 @@ def tiny(name):
             return tiny_gpt2(dtype=torch.float64)
         if name in ("opt", "gpt_bigcode", *HYBRID):
             return by_kit(name)
+        if name == "granite":  # the one with a factor on its branches, and biases in them
+            return tiny_llama(name, attention_bias=True, mlp_bias=True)
         return tiny_llama(name, attn="eager" if name in ("gemma2", "gpt_oss") else "sdpa")
 
 

@@ -62,15 +62,21 @@ class TopActivations:
         kept = [(act, ids) for act, ids in zip(self.acts[where[0]], self.windows[where[0]], strict=True) if act > 0]
         return [(float(act), self._shown(ids.tolist())) for act, ids in kept]
 
-    def _shown(self, ids: Sequence[int]) -> str:
-        words = [("" if one == NO_TOKEN else self._word(one)) for one in ids]
-        own = words[self.center]
+    def _shown(self, window: Sequence[int]) -> str:
+        """Show a window as text, the token itself in « »."""
+        ids = [one for one in window if one != NO_TOKEN]
+        at = sum(one != NO_TOKEN for one in window[: self.center])
+        before, upto, whole = (self._text(ids[:end]) for end in (at, at + 1, len(ids)))
+        own, after = upto.removeprefix(before), whole.removeprefix(upto)
+        if before + own != upto or upto + after != whole:  # a token may be part of a character
+            before, own, after = (self._text(part) for part in (ids[:at], ids[at : at + 1], ids[at + 1 :]))
         bare = own.lstrip(" ")
-        words[self.center] = f"{own[: len(own) - len(bare)]}«{bare}»"
-        return "".join(words)
+        return f"{before}{own[: len(own) - len(bare)]}«{bare}»{after}"
 
-    def _word(self, token: int) -> str:
-        return f" {token}" if self.tokenizer is None else str(_tokens.to_string(self.tokenizer, [token]))
+    def _text(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return "".join(f" {one}" for one in ids)
+        return str(_tokens.to_string(self.tokenizer, list(ids))) if ids else ""
 
     def to_dataframe(self) -> Any:
         """Give one row for each feature and token: `feature`, `act`, `row`, `position`, `text`.

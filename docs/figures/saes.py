@@ -65,7 +65,7 @@ def write(axes, y, text, colour):
     before, _, rest = text.partition("«")
     own, _, after = rest.partition("»")
     style = {"family": "monospace", "fontsize": 8, "transform": axes.transAxes, "va": "center"}
-    width = 0.0145
+    width = 0.0138
     start = 0.40 - width * len(before)
     axes.text(start, y, before, color=GREY, **style)
     box = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.9}

@@ -106,7 +106,7 @@ def feature_attribution(
         >>> import lens_core as lens
         >>> model = lens.load("toy:gpt2")
         >>> sae = lens.saes.SparseAutoencoder(lens.saes.SaeConfig(d_in=model.cfg.d_model, d_sae=64))
-        >>> mat = model.to_single_token(" mat")
+        >>> mat = model.to_single_token("mat")
         >>> found = feature_attribution(
         ...     model, sae, "the cat sat on the", lambda logits: logits[0, -1, mat], hook_name="blocks.1.hook_resid_pre"
         ... )

@@ -102,9 +102,7 @@ class WeightPass:
             WeightError: The pass does not hold for this model; says why, and nothing was changed.
         """
         _checked(model)
-        for name, value in (("copy", copy), ("keep", keep)):
-            if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise ArgumentError(f"{name} is True or False; got {value!r}")
+        _check_switches(copy=copy, keep=keep)
         reason = None if self.name in log_of(model.bare_model).applied else self.why_not(model)
         if reason is not None:
             raise WeightError(f"{self.name} does not hold for this model: {reason}")
@@ -178,6 +176,12 @@ def _checked(model: Any) -> Any:
     return model
 
 
+def _check_switches(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} is True or False; got {value!r}")
+
+
 def _apply(one: WeightPass, model: Any, *, keep: bool) -> None:
     root = model.bare_model
     log = log_of(root)
@@ -232,7 +236,7 @@ def process_weights(
 
     None is TransformerLens' True: the pass is applied where it holds; where it does not, it is left out, and
     `model.passes` says why. True asks for it by name, and is refused where it does not hold. All is checked before
-    anything is changed.
+    anything is changed; where a pass is interrupted, the weights are put back as before the first one.
 
     Args:
         model: The model.
@@ -262,8 +266,9 @@ def process_weights(
     """
     asked = (fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices)
     for one, given in zip(PASSES, asked, strict=True):
-        if given not in (None, True, False):
+        if given is not None and not isinstance(given, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError(f"{one.name} is True, False, or None for where it holds; got {given!r}")
+    _check_switches(copy=copy, keep=keep)
     chosen = [(one, given) for one, given in zip(PASSES, asked, strict=True) if given is not False]
     return _process(_checked(model), chosen, copy=copy, keep=keep)
 

@@ -24,7 +24,9 @@ def draw():
         found = collect_activations(lens.load(name), texts, ["hook_embed", "resid_post"], positions=POSITIONS)
         results = fit_probes(found, labels, n_controls=1)
         x = range(len(POSITIONS))
-        for row, (colour, told) in enumerate([(ORANGE, "embedding"), (BLUE, "after block 0"), (GREEN, "after block 1")]):
+        for row, (colour, told) in enumerate(
+            [(ORANGE, "embedding"), (BLUE, "after block 0"), (GREEN, "after block 1")]
+        ):
             axes.plot(x, results.accuracy[row], color=colour, marker="o", ms=4, label=told)
             axes.fill_between(x, results.low[row], results.high[row], color=colour, alpha=0.12, lw=0)
         axes.plot(x, results.random[0], color=GREY, ls="--", label="random features of the tokens")

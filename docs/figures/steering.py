@@ -23,9 +23,7 @@ def draw():
             [" ".join(rng.sample(words, 4)) for _ in range(16)] for words in (ANIMALS, NATURE, NEUTRAL)
         )
         vector = steering_vector(model, positive, negative, ("resid_post", 0))
-        to, away = (
-            torch.tensor([model.to_single_token(f" {word}") for word in words]) for words in (ANIMALS, NATURE)
-        )
+        to, away = (torch.tensor([model.to_single_token(f" {word}") for word in words]) for words in (ANIMALS, NATURE))
 
         def odds(logits, to=to, away=away):
             last = logits[:, -1].log_softmax(-1)

@@ -196,3 +196,8 @@ def test_wrong_arguments(model):
         fold_ln(model, keep="cpu")
     with pytest.raises(lens.ArgumentError, match="fold_ln is True, False, or None for where it holds; got 'yes'"):
         model.process_weights(fold_ln="yes")
+    with pytest.raises(lens.ArgumentError, match="center_unembed is True, False, or None for where it holds; got 0"):
+        model.process_weights(center_unembed=0)
+    with pytest.raises(lens.ArgumentError, match="copy is True or False; got None"):
+        model.process_weights(copy=None)
+    assert model.passes == ()

@@ -5,7 +5,7 @@ relative difference ‖b - a‖ / ‖a‖ and the cosine; at the end KL(a ‖ b)
 batch at a time, and only sums stay.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -149,17 +149,23 @@ def _names(model: "LensModel", names: NameFilter) -> tuple[str, ...]:
 
 def _rows(a: "LensModel", b: "LensModel", texts: Any, prepend_bos: bool | None) -> Iterator[Tensor]:
     """Give ids, which both tokenizers agree on."""
-    first = a if a.tokenizer is not None else b
-    given: Sequence[Any] = [texts] if isinstance(texts, str) else texts
-    for one in given if not isinstance(given, Tensor) or given.ndim > 1 else [given]:
-        (row,) = token_rows(first, [one], prepend_bos=prepend_bos)
-        if isinstance(one, str) and b.tokenizer is not None:
-            (other,) = token_rows(b, [one], prepend_bos=prepend_bos)
-            if not torch.equal(row, other):
+    given = [texts] if isinstance(texts, str) else texts
+    is_ids = isinstance(given, Tensor) or (isinstance(given, Sequence) and given and not isinstance(given[0], str))
+    if a.tokenizer is not None and b.tokenizer is not None and isinstance(given, Iterable) and not is_ids:
+        given = _agreed(a, b, cast("Iterable[Any]", given), prepend_bos)
+    return token_rows(b if a.tokenizer is None else a, given, prepend_bos=prepend_bos)
+
+
+def _agreed(a: "LensModel", b: "LensModel", texts: Iterable[Any], prepend_bos: bool | None) -> Iterator[Any]:
+    """Hand texts on, seeing that both tokenizers read each alike."""
+    for one in texts:
+        if isinstance(one, str):
+            (own,), (other,) = (token_rows(model, [one], prepend_bos=prepend_bos) for model in (a, b))
+            if not torch.equal(own, other):
                 raise ArgumentError(
-                    f"the tokenizers read {one[:60]!r} as {row.tolist()[:8]} and {other.tolist()[:8]}; give ids"
+                    f"the tokenizers read {one[:60]!r} as {own.tolist()[:8]} and {other.tolist()[:8]}; give ids"
                 )
-        yield row
+        yield one
 
 
 # ---------------------------------------------------------------------- sums

@@ -262,9 +262,12 @@ def test_what_cannot_be_compared_is_refused():
         lens.compare(a, a, ROWS, names="hf.transformer.h.0.output")
     with pytest.raises(UnknownHookError):
         lens.compare(a, a, ROWS, names="hook_nothing")
+    with pytest.raises(ArgumentError, match="texts are strings, or rows"):
+        lens.compare(a, a, 3)
     with pytest.raises(EmptyInputError, match="no texts"):
         lens.compare(a, a, [])
     with pytest.raises(ArgumentError, match="training mode"):
         lens.compare(a, lens.load(tiny_gpt2().train()), ROWS)
+    assert lens.compare(a, a, [3, 1, 4]).kl_by_pos.shape == (3,)  # one row of ids
     ssm = lens.load(tiny_ssm("mamba"))
     assert lens.compare(ssm, ssm, ROWS, names="ssm_state").relative.max() == 0

@@ -1,5 +1,6 @@
 """The logit lens: every entry against HF's own model cut off there, statistic by statistic."""
 
+import attrs
 import pytest
 import torch
 from analysis.lens_subjects import FAMILIES, SPECIAL, TOKENS, cut_logits, loaded
@@ -11,7 +12,7 @@ import lens_core as lens
 from lens_core.analysis import logit_lens as module
 from lens_core.analysis.logit_lens import logit_lens
 from lens_core.analysis.readout import read_vocabulary
-from lens_core.errors import ArgumentError, CacheError, TokenIdError, TokenizerError, WeightError
+from lens_core.errors import ArgumentError, CacheError, TokenIdError, TokenizerError, UnsupportedHookError, WeightError
 
 N_LAYERS = 3
 
@@ -235,6 +236,15 @@ def test_a_quantised_unembedding_is_refused():
     model = lens.load(hf)
     with pytest.raises(WeightError, match="quantised"):
         read_vocabulary(model, [torch.zeros(2, 21)])
+
+
+def test_an_architecture_that_does_not_say_how_logits_are_made_is_refused(monkeypatch):
+    """Rather than read without a cap that it may have."""
+    model = lens.load(tiny_gpt2())
+    own = attrs.evolve(model.table["hook_logits"], seam=object())
+    monkeypatch.setitem(model.table._points, "hook_logits", own)
+    with pytest.raises(UnsupportedHookError, match="does not say how logits are made"):
+        model.finish_logits(torch.zeros(1, 29))
 
 
 def test_subjects_differ():

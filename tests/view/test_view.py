@@ -370,6 +370,16 @@ def test_a_grid_shows_a_cell_for_each_row_and_column():
     assert "4.000 norm" in Document(source).text
 
 
+def test_a_grid_may_say_a_token_in_each_cell():
+    """Visible and escaped; one for each cell."""
+    values = [[1.0, 2.0], [8.0, None]]
+    picture = view.grid(["L0", "L1"], ["a", "b"], values, texts=[["<x>", " y"], ["z", ""]])
+    cells = re.findall(r'<td class="lens-cell [a-z]+ said"[^>]*>(.*?)</td>', picture.content)
+    assert cells == ["&lt;x&gt;", "·y", "z", "∅"]
+    with pytest.raises(ArgumentError, match="texts must be 2 x 2"):
+        view.grid(["L0", "L1"], ["a", "b"], values, texts=[["x"], ["y", "z"]])
+
+
 def test_numbers_in_a_column_share_one_format():
     """Columns of numbers are aligned right, others left; None is an empty cell."""
     picture = view.table([["x", 1, 0.5], [None, -20, 12.0], ["<y>", None, None]], ["name", "count", "loss"])

@@ -8,7 +8,7 @@ random gives `1 / sqrt(d_model)` in root mean square, whatever the two are: what
 Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 import torch
@@ -65,9 +65,10 @@ class CompositionScores:
         return pairs[: max(k, 0)]
 
     def _pairs(self) -> list[tuple[str, str, float]]:
-        labels, heads, table = self.head_labels, self.scores.shape[1], self.table
+        labels, heads = self.head_labels, self.scores.shape[1]
+        table = cast("list[list[float]]", self.table.tolist())  # pyright: ignore[reportUnknownMemberType]
         return [
-            (labels[a], labels[b], float(table[a, b]))
+            (labels[a], labels[b], table[a][b])
             for a in range(len(labels))
             for b in range((a // heads + 1) * heads, len(labels))
         ]
@@ -84,9 +85,10 @@ class CompositionScores:
     def picture(self) -> view.Picture:
         """Draw the scores: rows write, columns read."""
         labels = self.head_labels
+        places = {label: place for place, label in enumerate(labels)}
         shown: list[list[float | None]] = [[None] * len(labels) for _ in labels]
         for writer, reader, score in self._pairs():
-            shown[labels.index(writer)][labels.index(reader)] = score
+            shown[places[writer]][places[reader]] = score
         return view.grid(labels, labels, shown, title=f"{self.mode}-composition: row writes, column reads")
 
     def _repr_html_(self) -> str:

@@ -36,6 +36,7 @@ def test_every_goal_of_the_project_has_a_row(written):
         "added to the peak": 1.0,
         "kept after the call": 1.0,
         "left when the cache is dropped, before any garbage collection": 0.0,
+        "`patch_sweep`, one forward for each cell being 1": 1 / 11,
     }
     assert all(len(row["values"]) == row["pairs"] >= 1 for row in rows)
 

@@ -183,7 +183,8 @@ class _Sweep:
         """Take the final stream of some cells."""
         self.waiting.append((cells, result))
         rows = sum(one.shape[0] * one.shape[1] * one.shape[2] for _, one in self.waiting)
-        if rows * self.baseline.logits.shape[-1] > LOGITS:
+        n_waiting = sum(len(some) for some, _ in self.waiting)
+        if rows * self.baseline.logits.shape[-1] > LOGITS or (self.saved is not None and n_waiting >= SAVES_EVERY):
             self.flush()
 
     def flush(self) -> None:

@@ -64,7 +64,7 @@ def sample_logits(
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"temperature is a number from 0; got {temperature!r}")
     logits = final_logits.detach().to(torch.promote_types(final_logits.dtype, torch.float32))
-    seen = torch.zeros(len(logits), 0, dtype=torch.long) if tokens is None else tokens
+    seen: Any = torch.zeros(len(logits), 0, dtype=torch.long) if tokens is None else tokens
     seen = seen.to(logits.device)
     try:
         steps: list[Any] = [RepetitionPenaltyLogitsProcessor(float(repetition_penalty))] if tokens is not None else []
@@ -73,10 +73,14 @@ def sample_logits(
         warpers += [TopPLogitsWarper(float(top_p))] if top_p is not None else []
     except ValueError as error:
         raise ArgumentError(str(error)) from error
-    logits = LogitsProcessorList(steps)(seen, logits.clone())
+    logits = _processed(steps, seen, logits.clone())
     counts = torch.zeros_like(logits).scatter_add_(1, seen, torch.ones_like(seen, dtype=logits.dtype))
     logits = logits - freq_penalty * counts
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = LogitsProcessorList(warpers)(seen, logits).softmax(-1)
+    probabilities = _processed(warpers, seen, logits).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _processed(steps: list[Any], seen: Any, logits: Any) -> Tensor:
+    return LogitsProcessorList(steps)(seen, logits)

@@ -37,7 +37,7 @@ class Batch:
     @property
     def lengths(self) -> list[int]:
         """Count the real tokens of each row."""
-        return self.attention_mask.sum(1).tolist()
+        return cast("Any", self.attention_mask.sum(1)).tolist()
 
 
 def batches(model: Any, texts: Any, batch_size: int, *, prepend_bos: bool | None = None) -> Iterator[Batch]:
@@ -104,7 +104,7 @@ def token_rows(model: Any, texts: Any, *, prepend_bos: bool | None = None) -> It
 
 
 def _is_ids(one: Any) -> bool:
-    return isinstance(one, Sequence) and len(cast("Sequence[Any]", one)) > 0 and type(one[0]) is int
+    return isinstance(one, Sequence) and len(cast("Sequence[Any]", one)) > 0 and type(cast("Any", one)[0]) is int
 
 
 def _padded(rows: Sequence[Tensor], first: int, device: torch.device) -> Batch:

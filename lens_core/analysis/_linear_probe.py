@@ -1,12 +1,13 @@
 """Linear probes: fitting one, and predicting examples that it was not fitted on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from lens_core._extras import need
 from lens_core.errors import ArgumentError
@@ -55,7 +56,7 @@ class LinearProbe:
     @property
     def neurons(self) -> tuple[int, ...]:
         """The places along the width that the probe uses."""
-        return tuple(self.weights.abs().amax(0).nonzero().flatten().tolist())
+        return tuple(_listed(self.weights.abs().amax(0).nonzero().flatten()))
 
     def scores(self, x: Float[Tensor, "*example width"]) -> Float[Tensor, "*example row"]:
         """Give the rows' values, logits of a logistic probe; computed in float64."""
@@ -77,8 +78,8 @@ class LinearProbe:
         """
         row = self._index(label)
         if len(self.classes) > 2:
-            return self.weights[row] / self.weights[row].norm()
-        return (1.0 if row == 1 else -1.0) * self.weights[0] / self.weights[0].norm()
+            return F.normalize(self.weights[row], dim=0)
+        return (1.0 if row == 1 else -1.0) * F.normalize(self.weights[0], dim=0)
 
     def gap(self, label: Any = None) -> float:
         """Give how far a class' mean lies from that of the other examples along `direction(label)`.
@@ -114,7 +115,7 @@ def fit_probe(
     weights = torch.zeros(len(found[0]), x.shape[1], dtype=torch.float64)
     weights[:, chosen] = found[0]
     probe = LinearProbe(
-        classes=tuple(classes), weights=weights, bias=found[1], gaps=(), norm=float(x.norm(dim=1).mean())
+        classes=tuple(classes), weights=weights, bias=found[1], gaps=(), norm=float(x.square().sum(1).sqrt().mean())
     )
     return attrs.evolve(probe, gaps=tuple(_gap(x @ probe.direction(one), y == i) for i, one in enumerate(classes)))
 
@@ -128,8 +129,8 @@ def _logistic(x: Tensor, y: Tensor, C: float) -> tuple[Tensor, Tensor]:
     mean, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     fitted = model.fit(((x - mean) / scale).numpy(), y.numpy())
-    weights = torch.from_numpy(fitted.coef_) / scale
-    return weights, torch.from_numpy(fitted.intercept_) - weights @ mean
+    weights = torch.as_tensor(fitted.coef_) / scale
+    return weights, torch.as_tensor(fitted.intercept_) - weights @ mean
 
 
 def _difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +159,10 @@ def separation(
     return torch.where(between > 0, between / within, torch.zeros_like(between))
 
 
+def _listed(numbers: Tensor) -> list[int]:
+    return cast("Any", numbers).tolist()
+
+
 def folds_of(y: Tensor, groups: Tensor, n_folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Split examples into folds, classes spread evenly and groups kept together; gives train and test indices.
 
@@ -166,14 +171,14 @@ def folds_of(y: Tensor, groups: Tensor, n_folds: int, seed: int) -> list[tuple[T
         ArgumentError: A class has fewer groups than there are folds.
     """
     selection = need("sklearn.model_selection", "cross-validation")
-    for label in y.unique().tolist():
-        count = len(groups[y == label].unique())
+    for label in set(_listed(y)):
+        count = len(set(_listed(groups[y == label])))
         if count < n_folds:
             raise ArgumentError(
                 f"{n_folds} folds need each class in {n_folds} texts or more, and one is in {count}; "
                 "give more examples, or fewer folds"
             )
-    grouped = len(groups.unique()) < len(groups)
+    grouped = len(set(_listed(groups))) < len(groups)
     kind = selection.StratifiedGroupKFold if grouped else selection.StratifiedKFold
     splits = kind(n_folds, shuffle=True, random_state=seed).split(
         y.numpy(), y.numpy(), groups.numpy() if grouped else None
@@ -187,12 +192,12 @@ def held_out(
     """Predict each example by the probe of the folds that it is not in."""
     found = torch.zeros_like(y)
     for train, test in folds:
-        seen = y[train].unique()
+        seen = torch.tensor(sorted(set(_listed(y[train]))))
         if len(seen) == 1:  # groups may leave a training set with one class
             found[test] = seen
             continue
         dense = torch.searchsorted(seen, y[train])
-        probe = fit_probe(x[train], dense, [classes[i] for i in seen.tolist()], recipe)
+        probe = fit_probe(x[train], dense, [classes[i] for i in _listed(seen)], recipe)
         found[test] = seen[probe.predict(x[test])]
     return found
 

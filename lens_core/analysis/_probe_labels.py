@@ -29,7 +29,7 @@ def read_labels(activations: Activations, labels: Any) -> tuple[Int[Tensor, " ex
                 raise ArgumentError(f"text {text} has {len(ids)} tokens and {len(own)} labels")
         given = [label for own in given for label in own]
     elif len(given) == n_texts != len(activations):
-        given = [given[text] for text in activations.texts.tolist()]
+        given = [given[text] for text in cast("Any", activations.texts).tolist()]
     if len(given) != len(activations):
         raise ArgumentError(f"there are {len(given)} labels for {len(activations)} examples of {n_texts} texts")
     if any(isinstance(label, float) for label in given):
@@ -68,16 +68,18 @@ def control_labels(
         ArgumentError: Another control; `"tokens"` at a position where tokens cannot carry two labels.
     """
     if control == "shuffled":
-        texts, owner = activations.texts.unique(return_inverse=True)
+        owners: Any = activations.texts
+        texts, owner = cast("tuple[Tensor, Tensor]", owners.unique(return_inverse=True))
         first = torch.stack([y[owner == one][0] for one in range(len(texts))])
         if torch.equal(first[owner], y):
             return first[torch.randperm(len(first), generator=generator)][owner]
         return y[torch.randperm(len(y), generator=generator)]
     if control != "tokens":
         raise ArgumentError(f"control is 'shuffled' or 'tokens'; got {control!r}")
-    ids, which = activations.tokens[:, column].unique(return_inverse=True)
+    column_ids: Any = activations.tokens[:, column]
+    ids, which = cast("tuple[Tensor, Tensor]", column_ids.unique(return_inverse=True))
     drawn = y[torch.randint(len(y), (len(ids),), generator=generator)]
-    if len(drawn.unique()) < 2:
+    if bool((drawn == drawn[0]).all()):
         raise ArgumentError(
             f"at position {activations.positions[column]!r} there are {len(ids)} different tokens, too few for "
             "labels by token; use control='shuffled'"

@@ -116,7 +116,7 @@ def collect_activations(
     chosen = _names(model, names)
     depth = max(model.table.depth(name) or 0 for name in chosen)
     kept: dict[str, list[Tensor]] = {name: [] for name in chosen}
-    tokens, at, owners, ids = list[Tensor](), list[Tensor](), list[int](), list[Tensor]()
+    tokens, at, owners, ids = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     labels = _labels(positions)
     listed = _listed(positions)
     for batch in batches(model, texts, batch_size, prepend_bos=prepend_bos):
@@ -130,14 +130,14 @@ def collect_activations(
         else:
             at.append(places.cpu())
             tokens.append(batch.tokens[rows[:, None], places].cpu())
-        owners.extend((batch.first + rows).tolist())
+        owners.append(batch.first + rows.cpu())
     if listed is not None and len(listed) != len(ids):
         raise ArgumentError(f"positions name {len(listed)} texts, and there are {len(ids)}")
     return Activations(
         values={name: torch.cat(kept[name]) for name in chosen},
         positions=labels if labels else tuple(range(tokens[0].shape[1])),
         tokens=torch.cat(tokens),
-        texts=torch.tensor(owners),
+        texts=torch.cat(owners),
         ids=tuple(ids),
         at=torch.cat(at),
         table=model.table,
@@ -187,7 +187,7 @@ def _labels(positions: Any) -> tuple[Any, ...]:
 def _listed(positions: Any) -> list[list[int]] | None:
     """Read positions that are given for each text."""
     if isinstance(positions, Tensor) and positions.ndim == 2:
-        return positions.tolist()
+        return cast("Any", positions).tolist()
     if isinstance(positions, str | Tensor) or not isinstance(positions, Iterable):
         return None
     rows = list(cast("Iterable[Any]", positions))
@@ -216,12 +216,12 @@ def _places(batch: Batch, positions: Any) -> tuple[Tensor, Tensor]:
         where = batch.attention_mask.nonzero()
         return where[:, 0], where[:, 1:]
     found: list[list[int]] = []
-    is_listed = isinstance(positions, list) and positions and isinstance(positions[0], list)
+    listed = _listed(positions)
     for row, length in enumerate(batch.lengths):
         text = batch.first + row
-        if is_listed and text >= len(positions):
-            raise ArgumentError(f"positions name {len(positions)} texts, and there are more")
-        own: list[int] = positions[text] if is_listed else _ints(positions)
+        if listed is not None and text >= len(listed):
+            raise ArgumentError(f"positions name {len(listed)} texts, and there are more")
+        own = _ints(positions) if listed is None else listed[text]
         outside = [one for one in own if not -length <= one < length]
         if outside:
             raise InputError(f"text {text} has {length} tokens, and no position {outside[0]}")

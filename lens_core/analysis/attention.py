@@ -7,7 +7,7 @@ is 1 but in models with attention sinks; shares are of the weights as they are.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -87,7 +87,7 @@ class AttentionStatistics:
                 f"{self.entropy.shape[1] - 1}"
             )
         shares = self.source_shares[self.layers.index(layer), head]
-        best = shares.argsort(descending=True, stable=True)[:k].tolist()
+        best: list[int] = cast("Any", shares.argsort(descending=True, stable=True)[:k]).tolist()
         return [(int(self.source_ids[i]), float(shares[i]), int(self.source_counts[i])) for i in best]
 
     def to_dataframe(self) -> Any:
@@ -117,14 +117,14 @@ class AttentionStatistics:
         return view.grid(
             [f"layer {layer}" for layer in self.layers],
             [str(head) for head in range(values.shape[1])],
-            values.tolist(),
+            cast("Any", values).tolist(),
             title=name + ("" if even is None else f" (even attention: {even:.2f})"),
             unit=STATISTICS[name],
         )
 
     def _repr_html_(self) -> str:
         pictures = [self.picture(name) for name in STATISTICS]
-        return view.page("Attention statistics", pictures, subtitle=f"{self.queries} queries")._repr_html_()
+        return view.page("Attention statistics", pictures, subtitle=f"{self.queries} queries")._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments
@@ -197,8 +197,8 @@ class _Sums:
             self.queries += length - 1
             self.even_entropy += sum(math.log(seen) for seen in range(2, length + 1))
             self.even_distance += sum((seen - 1) / 2 for seen in range(2, length + 1))
-        real = batch.tokens[batch.attention_mask.bool()]
-        ids, counts = real.unique(return_counts=True)
+        real: Any = batch.tokens[batch.attention_mask.bool()]
+        ids, counts = cast("tuple[Tensor, Tensor]", real.unique(return_counts=True))
         self._batch = (ids, {})
         self.ids, self.counts = _merged(self.ids, self.counts, ids.cpu(), counts.cpu())
 
@@ -259,7 +259,8 @@ class _Sums:
 
 def _merged(ids: Tensor, counts: Tensor, new: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     """Add counts by id; the ids in order."""
-    every, where = torch.cat([ids, new]).unique(return_inverse=True)
+    both: Any = torch.cat([ids, new])
+    every, where = cast("tuple[Tensor, Tensor]", both.unique(return_inverse=True))
     return every, torch.zeros_like(every).index_add(0, where, torch.cat([counts, more]))
 
 
@@ -271,7 +272,7 @@ def _by_query(pattern: Float[Tensor, "batch n_heads query key"]) -> dict[str, Fl
     positions = torch.arange(size, device=pattern.device, dtype=pattern.dtype)
     back = positions[:, None] - positions
     return {
-        "entropy": -torch.special.xlogy(share, share).sum(-1),
+        "entropy": -torch.xlogy(share, share).sum(-1),
         "distance": (share * back).sum(-1),
         "first": pattern[..., 0],
         "current": pattern.diagonal(dim1=-2, dim2=-1),

@@ -9,11 +9,12 @@ Source: directional ablation, Arditi et al. 2024 (arXiv 2406.11717); interchange
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from lens_core import edits
 from lens_core._arguments import checks_arguments
@@ -41,7 +42,7 @@ def orthonormal(directions: Float[Tensor, "*k width"]) -> Float[Tensor, "k width
     wide = directions.detach().double().reshape(-1, directions.shape[-1])
     if not bool(wide.isfinite().all()) or not bool(wide.any()):
         raise ArgumentError("directions are finite and not all zero")
-    _, sizes, rows = torch.linalg.svd(wide, full_matrices=False)
+    _, sizes, rows = cast("tuple[Tensor, Tensor, Tensor]", cast("Any", torch.linalg).svd(wide, full_matrices=False))
     return rows[sizes > sizes[0] * max(wide.shape) * torch.finfo(directions.dtype).eps]
 
 
@@ -89,7 +90,7 @@ def set_coordinate(direction: Float[Tensor, " width"], value: float | Float[Tens
     orthonormal(direction)
     if direction.ndim != 1:
         raise ArgumentError(f"a coordinate is along one direction, [width]; got {list(direction.shape)}")
-    unit = (direction.detach().double() / direction.detach().double().norm())[None]
+    unit = F.normalize(direction.detach().double(), dim=0)[None]
     if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.ndim > 1):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"a value is a number, or a tensor [batch]; got {value!r}")
 

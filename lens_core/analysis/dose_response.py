@@ -5,7 +5,7 @@ again at large scales, the model is pushed off the activations that it knows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -75,11 +75,11 @@ class DoseResponse:
             draws.mean(0),
             draws.std(0) if len(draws) > 1 else torch.full((len(self.scales),), float("nan")),
         ]
-        return torch.stack([column.cpu().double() for column in columns], dim=1).tolist()
+        return cast("Any", torch.stack([column.cpu().double() for column in columns], dim=1)).tolist()
 
     def _repr_html_(self) -> str:
         title = f"Dose and response (scale in units: {self.units})"
-        return view.table(self._rows(), _COLUMNS, title=title)._repr_html_()
+        return view.table(self._rows(), _COLUMNS, title=title)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 _COLUMNS = ["scale", "mean", "stderr", "effect", "control_effect", "control_std"]
@@ -162,7 +162,7 @@ def dose_response(
                 for name, _, *where in chosen
             ]
             logits = _run(model, given, inputs.attention_mask, len(some), hooks)
-            found.extend(_measured(metric, own, len(given)) for own in logits.split(len(given)))
+            found.extend(_measured(metric, own, len(given)) for own in logits.chunk(len(some)))
     values = torch.stack(found).reshape(1 + n_random, len(doses), len(given))
     return DoseResponse(values=values[0], control=values[1:], baseline=baseline, scales=tuple(doses), units=units)
 

@@ -9,7 +9,7 @@ Source: TransformerLens' `head_detector`; Olsson et al. 2022, "In-context Learni
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -309,7 +309,12 @@ def _chosen_heads(model: "LensModel", heads: Any) -> dict[int, set[int]]:
         )
     if heads is None:
         return {layer: set(range(n_heads)) for layer in attending}
-    pairs = [(layer, head) for layer, some in heads.items() for head in some] if isinstance(heads, Mapping) else heads
+    given = cast("Mapping[int, Sequence[int]]", heads) if isinstance(heads, Mapping) else None
+    pairs: list[Any] = (
+        list(cast("Sequence[Any]", heads))
+        if given is None
+        else [(layer, head) for layer in given for head in given[layer]]
+    )
     chosen: dict[int, set[int]] = {}
     for pair in pairs:
         match pair:
@@ -326,7 +331,7 @@ def _chosen_heads(model: "LensModel", heads: Any) -> dict[int, set[int]]:
 
 def _listed(seq: Any) -> list[Any]:
     if isinstance(seq, list) and seq and isinstance(seq[0], str | list | Tensor):
-        return list(seq)
+        return list(cast("Any", seq))
     if isinstance(seq, Tensor) and seq.ndim == 2:
         return list(seq)
     return [seq]

@@ -17,7 +17,7 @@ attention: Ali, Zimerman and Wolf 2024 (arXiv 2403.01590).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -88,7 +88,7 @@ class HeadScores:
         """
         if kind not in self.kinds:
             raise ArgumentError(f"no scores of kind {kind!r}; there are {', '.join(self.kinds)}")
-        values = (self.excess if excess else self.scores)[self.kinds.index(kind)].tolist()
+        values = cast("Any", (self.excess if excess else self.scores)[self.kinds.index(kind)]).tolist()
         return {
             (layer, head): score
             for layer, row in zip(self.layers, values, strict=True)
@@ -142,7 +142,7 @@ class HeadScores:
         )
 
     def _repr_html_(self) -> str:
-        return view.page("Heads by kind", [self.picture(kind) for kind in self.kinds])._repr_html_()
+        return view.page("Heads by kind", [self.picture(kind) for kind in self.kinds])._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments

@@ -16,7 +16,7 @@ Source: control tasks and selectivity, Hewitt and Liang 2019 (arXiv 1909.03368);
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import attrs
 import torch
@@ -124,12 +124,16 @@ class ProbeResults:
         shown = {"accuracy": self.accuracy, "selectivity": self.selectivity, "random features": self.random}
         pictures = [
             view.grid(
-                list(self.names), [str(one) for one in self.positions], values.tolist(), title=title, unit="share"
+                list(self.names),
+                [str(one) for one in self.positions],
+                cast("Any", values).tolist(),
+                title=title,
+                unit="share",
             )
             for title, values in shown.items()
         ]
         told = f"{len(self.classes)} classes, {self.n_examples} examples of {self.n_texts} texts"
-        return view.page("Probes", pictures, subtitle=f"{told}; majority {self.majority:.2f}")._repr_html_()
+        return view.page("Probes", pictures, subtitle=f"{told}; majority {self.majority:.2f}")._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments
@@ -208,7 +212,7 @@ def fit_probes(
                 tokens = random_features(activations, x.shape[1], seed=seed)[:, j]
                 features[x.shape[1], j] = _share(held_out(tokens, y, classes, splits, recipe), y)
             noise[i, j] = features.get((x.shape[1], j), float("nan"))
-    n_texts = len(activations.texts.unique())
+    n_texts = len(activations.ids)
     ends = torch.tensor([[wilson(float(one), n_texts) for one in row] for row in accuracy])
     return ProbeResults(
         accuracy=accuracy,
@@ -246,7 +250,8 @@ def random_features(activations: Activations, width: int, *, seed: int = 0) -> F
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"width is a positive number; got {width!r}")
     generator = torch.Generator().manual_seed(seed)
-    known = torch.cat(activations.ids).unique()
+    every: Any = torch.cat(activations.ids)
+    known: Tensor = every.unique()
     here, before = torch.randn(2, len(known), width, generator=generator, dtype=torch.float64)
     n_positions = activations.at.shape[1]
     found = torch.zeros(len(activations), n_positions, width, dtype=torch.float64)
@@ -305,7 +310,7 @@ class SparseProbes:
             for result in self.results[:1]
             for j, position in enumerate(result.positions)
         ]
-        return view.page("Sparse probes", pictures)._repr_html_()
+        return view.page("Sparse probes", pictures)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def fit_sparse_probes(

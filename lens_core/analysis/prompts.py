@@ -1,7 +1,7 @@
 # ruff: noqa: PT028 -- test_prompt is not a test, but TransformerLens' name
 """Can the model do it at all? How an answer ranks after a prompt."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
@@ -67,14 +67,14 @@ class PromptTest:
         pictures = [
             view.bars(
                 self.top_words[index],
-                self.top_probabilities[index].tolist(),
+                cast("Any", self.top_probabilities[index]).tolist(),
                 title=f"{word!r}: rank {self.ranks[index]}, probability {float(self.probabilities[index]):.3g}",
                 unit="probability",
                 highlight=[place for place, one in enumerate(self.top_ids[index]) if one == self.answer_ids[index]],
             )
             for index, word in enumerate(self.answer)
         ]
-        return view.page("".join(self.prompt), pictures)._repr_html_()
+        return view.page("".join(self.prompt), pictures)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def _numbers(logit: float, probability: float, word: str) -> str:

@@ -15,6 +15,7 @@ import attrs
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from lens_core import edits
 from lens_core._arguments import checks_arguments
@@ -132,7 +133,7 @@ class SteeringVector:
             return float(scale)
         if units not in ("unit", "activation"):
             raise ArgumentError(f"units are 'vector', 'unit' or 'activation'; got {units!r}")
-        length = float(self.vectors[name].double().norm())
+        length = float(self.vectors[name].double().square().sum().sqrt())
         if units == "activation" and name not in self.norms:
             raise ArgumentError(f"the norm of the activations at {name!r} is not known; use other units")
         return scale / length * (self.norms[name] if units == "activation" else 1.0)
@@ -152,8 +153,8 @@ class SteeringVector:
 
         def draw(vector: Tensor) -> Tensor:
             noise = torch.randn(vector.shape, generator=generator, dtype=torch.float64)
-            length = vector.double().norm(dim=-1, keepdim=True).cpu()
-            return (noise / noise.norm(dim=-1, keepdim=True) * length).to(vector)
+            length = vector.double().square().sum(-1, keepdim=True).sqrt().cpu()
+            return (F.normalize(noise, dim=-1) * length).to(vector)
 
         vectors = {name: draw(vector) for name, vector in self.vectors.items()}
         return attrs.evolve(self, vectors=vectors, method=f"random directions with the norms of: {self.method}")
@@ -247,14 +248,14 @@ def _mean_difference(high: Tensor, low: Tensor) -> Tensor:
 
 def _principal(high: Tensor, low: Tensor) -> Tensor:
     differences = (high - low).flatten(0, 1)
-    unit = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+    unit: Tensor = cast("Any", torch.linalg).svd(differences, full_matrices=False).Vh[0]
     return (differences @ unit).mean() * unit
 
 
 def _norms(*sides: Activations) -> dict[str, float]:
     """Give the mean norm of the examples at each hook point."""
     return {
-        name: float(torch.cat([side.values[name].double().norm(dim=-1).flatten() for side in sides]).mean())
+        name: float(torch.cat([side.values[name].double().square().sum(-1).sqrt().flatten() for side in sides]).mean())
         for name in sides[0].names
     }
 
@@ -383,4 +384,4 @@ def _where(name: str, vector: Tensor, positions: Any) -> tuple[Any, ...]:
 
 def _layer(name: str) -> int | None:
     bits = name.split(".")
-    return int(cast("str", bits[1])) if bits[0] == "blocks" else None
+    return int(bits[1]) if bits[0] == "blocks" else None

@@ -1,8 +1,7 @@
 """Heads of two toys by kind, with control and chance."""
 
-from docs.figures._style import BLUE, GREY, ORANGE, subplots
-
 import lens_core as lens
+from docs.figures._style import BLUE, GREY, ORANGE, subplots
 from lens_core.analysis.head_kinds import score_heads
 
 

@@ -2,13 +2,29 @@
 
 import random
 
-from docs.figures._style import BLUE, GREEN, GREY, ORANGE, subplots
-
 import lens_core as lens
+from docs.figures._style import BLUE, GREEN, GREY, ORANGE, subplots
 from lens_core.analysis.activations import collect_activations
 from lens_core.analysis.probing import fit_probes
 
-OTHERS = "house door room bed table chair mat hat coat book box cup ball boat road town".split()
+OTHERS = [
+    "house",
+    "door",
+    "room",
+    "bed",
+    "table",
+    "chair",
+    "mat",
+    "hat",
+    "coat",
+    "book",
+    "box",
+    "cup",
+    "ball",
+    "boat",
+    "road",
+    "town",
+]
 POSITIONS = (-5, -4, -3, -2, -1)
 
 
@@ -24,9 +40,8 @@ def draw():
         found = collect_activations(lens.load(name), texts, ["hook_embed", "resid_post"], positions=POSITIONS)
         results = fit_probes(found, labels, n_controls=1)
         x = range(len(POSITIONS))
-        for row, (colour, told) in enumerate(
-            [(ORANGE, "embedding"), (BLUE, "after block 0"), (GREEN, "after block 1")]
-        ):
+        lines = ((ORANGE, "embedding"), (BLUE, "after block 0"), (GREEN, "after block 1"))
+        for row, (colour, told) in enumerate(lines):
             axes.plot(x, results.accuracy[row], color=colour, marker="o", ms=4, label=told)
             axes.fill_between(x, results.low[row], results.high[row], color=colour, alpha=0.12, lw=0)
         axes.plot(x, results.random[0], color=GREY, ls="--", label="random features of the tokens")

@@ -3,15 +3,15 @@
 import random
 
 import torch
-from docs.figures._style import BLUE, GREY, subplots
 
 import lens_core as lens
+from docs.figures._style import BLUE, GREY, subplots
 from lens_core.analysis.dose_response import dose_response
 from lens_core.analysis.steering import steering_vector
 
-ANIMALS = "cat dog bird fish horse cow mouse bear".split()
-NATURE = "sun moon star sky sea river hill tree".split()
-NEUTRAL = "house door room bed table chair mat hat coat book box cup".split()
+ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "mouse", "bear"]
+NATURE = ["sun", "moon", "star", "sky", "sea", "river", "hill", "tree"]
+NEUTRAL = ["house", "door", "room", "bed", "table", "chair", "mat", "hat", "coat", "book", "box", "cup"]
 SCALES = (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3)
 
 

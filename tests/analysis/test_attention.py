@@ -34,8 +34,7 @@ def by_queries(model, layer, head):
     return {n: s / queries for n, s in sums.items()}, {t: r / queries for t, r in received.items()}, queries
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize(("family", "batch_size"), [("gpt2", 1), ("gpt2", 8), ("llama", 3)])
 def test_statistics_are_means_over_real_queries(family, batch_size):
     """Padding counts neither as query nor as key, and the size of batches does not matter."""
     model = tiny(family)

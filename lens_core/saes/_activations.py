@@ -14,7 +14,7 @@ from lens_core._arguments import checks_arguments
 from lens_core._extras import need
 from lens_core.analysis._batches import Batch, batches
 from lens_core.errors import ArgumentError
-from lens_core.saes._reading import beside
+from lens_core.saes._reading import beside, plain
 
 if TYPE_CHECKING:
     from lens_core.model import LensModel
@@ -56,11 +56,11 @@ class TopActivations:
         Raises:
             ArgumentError: The feature was not asked for.
         """
-        where = (self.features == feature).nonzero().flatten().tolist()
+        where = plain((self.features == feature).nonzero().flatten())
         if not where:
-            raise ArgumentError(f"feature {feature} was not looked at; there are {self.features.tolist()[:20]} ...")
+            raise ArgumentError(f"feature {feature} was not looked at; there are {plain(self.features)[:20]} ...")
         kept = [(act, ids) for act, ids in zip(self.acts[where[0]], self.windows[where[0]], strict=True) if act > 0]
-        return [(float(act), self._shown(ids.tolist())) for act, ids in kept]
+        return [(float(act), self._shown(plain(ids))) for act, ids in kept]
 
     def _shown(self, window: Sequence[int]) -> str:
         """Show a window as text, the token itself in « »."""
@@ -85,13 +85,13 @@ class TopActivations:
             MissingPackageError: pandas is not installed.
         """
         rows: list[dict[str, Any]] = []
-        for index, feature in enumerate(self.features.tolist()):
+        for index, feature in enumerate(plain(self.features)):
             for act, row, position, window in zip(
                 self.acts[index], self.rows[index], self.positions[index], self.windows[index], strict=True
             ):
                 if row >= 0:
                     found = {"feature": feature, "act": float(act), "row": int(row), "position": int(position)}
-                    rows.append({**found, "text": self._shown(window.tolist())})
+                    rows.append({**found, "text": self._shown(plain(window))})
         return need("pandas", "a data frame").DataFrame(rows)
 
     def _repr_html_(self) -> str:
@@ -101,7 +101,7 @@ class TopActivations:
                 ["activation", "text"],
                 title=f"Feature {feature}: on at {float(self.density[index]):.2%} of {self.n_tokens} tokens",
             )
-            for index, feature in enumerate(self.features.tolist()[:10])
+            for index, feature in enumerate(plain(self.features)[:10])
         ]
         return view.page("Where features are most active", tables)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
@@ -164,8 +164,12 @@ def top_activations(
         for batch in batches(model, texts, batch_size, prepend_bos=prepend_bos):
             counted = batch.attention_mask.bool() & ~torch.isin(batch.tokens, special.to(batch.tokens.device))
             seen: list[Tensor] = []
-            see = [(place.part("acts_post"), lambda acts, hook, seen=seen: seen.append(acts))]
-            model.run_with_hooks(batch.tokens, fwd_hooks=see, stop_at_layer=place.stop_at, **batch.call)
+
+            def see(acts: Tensor, hook: Any, seen: list[Tensor] = seen) -> None:
+                seen.append(acts)
+
+            hooks = [(place.part("acts_post"), see)]
+            model.run_with_hooks(batch.tokens, fwd_hooks=hooks, stop_at_layer=place.stop_at, **batch.call)
             if best is None:
                 best = _Best(_features(features, seen[0].shape[-1]), k, window)
             best.add(seen[0], batch, counted)

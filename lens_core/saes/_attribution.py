@@ -12,7 +12,7 @@ from lens_core import view
 from lens_core._arguments import checks_arguments
 from lens_core._extras import need
 from lens_core.errors import ArgumentError
-from lens_core.saes._reading import beside
+from lens_core.saes._reading import beside, plain
 
 if TYPE_CHECKING:
     from lens_core.model import LensModel
@@ -39,13 +39,13 @@ class FeatureAttribution:
         flat = self.features.flatten()
         best = flat.abs().argsort(descending=True, stable=True)[:k]
         n_pos, d_sae = self.features.shape[1:]
-        return [(i // (n_pos * d_sae), i // d_sae % n_pos, i % d_sae, float(flat[i])) for i in best.tolist()]
+        return [(i // (n_pos * d_sae), i // d_sae % n_pos, i % d_sae, float(flat[i])) for i in plain(best)]
 
     def top_features(self, k: int = 10) -> list[tuple[int, float]]:
         """List the largest in size, summed over rows and positions: feature, attribution."""
         summed = self.features.sum((0, 1))
         best = summed.abs().argsort(descending=True, stable=True)[:k]
-        return [(i, float(summed[i])) for i in best.tolist()]
+        return [(i, float(summed[i])) for i in plain(best)]
 
     def to_dataframe(self) -> Any:
         """Give one row for each place where an attribution is not 0: `row`, `position`, `feature`, `attribution`.
@@ -53,7 +53,7 @@ class FeatureAttribution:
         Raises:
             MissingPackageError: pandas is not installed.
         """
-        places = self.features.nonzero().tolist()
+        places = plain(self.features.nonzero())
         rows = [
             {"row": r, "position": p, "feature": f, "attribution": float(self.features[r, p, f])} for r, p, f in places
         ]
@@ -144,8 +144,11 @@ class _Step:
 def _step(model: "LensModel", part: Callable[[str], str], share: float | None, run: Callable[[], Any]) -> _Step:
     """Run with a share of every activation in place."""
     names = [part("acts_post"), part("error")]
-    hooks = [] if share is None else [(names[0], lambda acts, hook: acts * share)]
-    with model.caching(names, detach=False) as cache, model.hooks(hooks):
+
+    def scale(acts: Tensor, hook: Any) -> Tensor | None:
+        return None if share is None else acts * share
+
+    with model.caching(names, detach=False) as cache, model.hooks([(names[0], scale)]):
         value = _scalar(run())
     kept = [cache[name] for name in names]
     at_acts, at_error = torch.autograd.grad(value, kept)

@@ -15,8 +15,10 @@ from lens_core.errors import SaeError
 
 __all__ = ["SaeConfig", "read_config"]
 
-ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "transcoder", "skip_transcoder", "jumprelu_transcoder")
-ARCHITECTURES = (*ARCHITECTURES, "jumprelu_skip_transcoder")
+ARCHITECTURES = (
+    *("standard", "gated", "jumprelu", "topk"),
+    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+)
 THRESHOLD_OF_TRAINING = ("batchtopk", "matryoshka_batchtopk")
 """Checkpoints of a training whose finished SAEs SAELens itself saves as `jumprelu`."""
 Activation = Literal["relu", "tanh-relu"]
@@ -28,8 +30,10 @@ OLD_NAMES = {
     "activation_fn_str": "activation_fn",
     "meta": "metadata",
 }
-MODEL_FIELDS = ("hook_name", "hook_name_out", "hook_head_index", "hook_head_index_out", "prepend_bos", "model_name")
-MODEL_FIELDS = (*MODEL_FIELDS, "model_from_pretrained_kwargs", "context_size", "exclude_special_tokens")
+MODEL_FIELDS = (
+    *("hook_name", "hook_name_out", "hook_head_index", "hook_head_index_out", "prepend_bos", "model_name"),
+    *("model_from_pretrained_kwargs", "context_size", "exclude_special_tokens"),
+)
 COMPUTED = frozenset(
     (
         *("architecture", "d_in", "d_sae", "d_out", "dtype", "apply_b_dec_to_input", "normalize_activations"),
@@ -207,7 +211,7 @@ def _normalisation(fields: Mapping[str, Any], source: str) -> Normalisation:
         return "expected_average_only_in"
     if named not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
         raise SaeError(f"{source} has normalize_activations = {named!r}, which lens does not know")
-    return cast("Normalisation", named)
+    return named
 
 
 def _dtype(named: object, source: str) -> torch.dtype:

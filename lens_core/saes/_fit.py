@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lens_core._boundary import frames_to_the_user
 from lens_core.errors import SaeError, SaeWarning
@@ -42,7 +42,7 @@ def metadata_of(sae: Any) -> Mapping[str, Any]:
 
     def find(name: str) -> Any:
         for source in (sae, cfg, nested):
-            found = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+            found: Any = cast("Any", source).get(name) if isinstance(source, Mapping) else getattr(source, name, None)
             if found is not None:
                 return found
         return None

@@ -1,6 +1,7 @@
 """Sparse autoencoders as modules: the computation of SAELens' architectures, without hooks and without hidden state."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -119,7 +120,7 @@ class SparseAutoencoder(nn.Module):
         """Give the activations of pre-activations; `x` decides which features a gated SAE has on."""
         cfg = self.cfg
         if cfg.rescale_acts_by_decoder_norm:
-            pre = pre * self.W_dec.norm(dim=-1)
+            pre = pre * _norm(self.W_dec)[:, 0]
         acts = pre.relu()
         if cfg.activation == "tanh-relu":
             return acts.tanh()
@@ -128,7 +129,7 @@ class SparseAutoencoder(nn.Module):
         if cfg.gate == "threshold":
             return acts * (pre > self.threshold)
         if cfg.gate == "topk":
-            kept = pre.topk(cfg.k or 0, dim=-1)
+            kept: Any = pre.topk(cfg.k or 0, dim=-1)
             return torch.zeros_like(pre).scatter(-1, kept.indices, kept.values.relu())
         return acts
 
@@ -147,7 +148,7 @@ class SparseAutoencoder(nn.Module):
         if self.finetuning_scaling_factor is not None:
             acts = acts * self.finetuning_scaling_factor
         if self.cfg.rescale_acts_by_decoder_norm:
-            acts = acts / self.W_dec.norm(dim=-1)
+            acts = acts / _norm(self.W_dec)[:, 0]
         made = acts @ self.W_dec + self.b_dec
         needs_input = "skip" in self.cfg.architecture or self.cfg.normalize_activations != "none"
         if not needs_input:
@@ -165,7 +166,7 @@ class SparseAutoencoder(nn.Module):
         x = x.to(self.W_enc.dtype)
         kind = self.cfg.normalize_activations
         if kind == "constant_norm_rescale":
-            x = x * (self.cfg.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+            x = x * (self.cfg.d_in**0.5 / _norm(x))
         elif kind == "layer_norm":
             x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + LAYER_NORM_EPS)
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
@@ -173,19 +174,24 @@ class SparseAutoencoder(nn.Module):
     def _denormalised(self, made: Tensor, x: Tensor) -> Tensor:
         kind = self.cfg.normalize_activations
         if kind == "constant_norm_rescale":
-            return made / (self.cfg.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+            return made / (self.cfg.d_in**0.5 / _norm(x))
         if kind == "layer_norm":
             return made * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
         return made
 
 
+def _norm(vectors: Tensor) -> Tensor:
+    linalg: Any = torch.linalg
+    return linalg.vector_norm(vectors, dim=-1, keepdim=True)
+
+
 def _drawn(cfg: SaeConfig, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(cfg.d_sae, cfg.d_out, generator=generator)
-    rows = rows / rows.norm(dim=-1, keepdim=True)
+    rows = rows / _norm(rows)
     weights = {name: torch.zeros(shape) for name, shape in cfg.weight_shapes().items()}
     if cfg.d_in == cfg.d_out:
-        encoder = rows.T.clone()
+        encoder: Tensor = rows.mT.clone()
     else:
         encoder = torch.randn(cfg.d_in, cfg.d_sae, generator=generator) / cfg.d_in**0.5
     return {**weights, "W_dec": rows, "W_enc": encoder}

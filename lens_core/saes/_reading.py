@@ -2,16 +2,17 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
+from torch import Tensor
 
 from lens_core.saes._splice import SplicePart
 
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-__all__ = ["Beside", "beside"]
+__all__ = ["Beside", "beside", "plain"]
 
 
 @attrs.frozen(kw_only=True)
@@ -37,3 +38,8 @@ def beside(model: "LensModel", sae: Any, hook_name: Any, *, strict: bool) -> Gen
         depth = model.table.depth(name)
         n_layers = model.cfg.n_layers
         yield Beside(name=name, stop_at=None if depth is None or depth >= n_layers else depth + 1)
+
+
+def plain(tensor: Tensor) -> Any:
+    """Give a tensor as nested lists of numbers."""
+    return cast("Any", tensor).tolist()

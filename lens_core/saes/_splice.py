@@ -150,9 +150,9 @@ class Splice:
     def _captured(self, run: "Run") -> Tensor:
         found = run.now.scratch.get(self.capture)
         if found is None:
-            names = self.capture.names if self.capture else ()
+            names = "" if self.capture is None else self.capture.names[0]
             raise SaeError(
-                f"the transcoder to {self.place.name!r} reads {names[0]!r}, which this run did not reach before it; "
+                f"the transcoder to {self.place.name!r} reads {names!r}, which this run did not reach before it; "
                 "start_at_layer may have left it out"
             )
         return found
@@ -228,8 +228,8 @@ def _flat(value: Tensor) -> Tensor:
 
 def _parameters(sae: Any) -> Iterator[Tensor]:
     """The floating parameters of a module, if it has any."""
-    own: Any = getattr(sae, "parameters", None)
-    return (parameter for parameter in (own() if callable(own) else ()) if parameter.is_floating_point())
+    if isinstance(sae, torch.nn.Module):
+        yield from (parameter for parameter in sae.parameters() if parameter.is_floating_point())
 
 
 def _takes_input(decode: Callable[..., Any]) -> bool:

@@ -537,14 +537,7 @@ def test_what_does_not_fit_is_refused_by_name(subjects):
 # ---------------------------------------------------------------------- what it was trained on
 
 
-class Processed:
-    """A record of a pass, as a model whose weights were processed lists them."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.skipped = name, ""
-
-
-def test_processed_weights_are_asked_for_and_refused(monkeypatch):
+def test_processed_weights_are_asked_for_and_refused():
     """Where they change the values at the hook point, and only there."""
     model = lens.load(tiny_gpt2())
     stream, heads = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"
@@ -559,12 +552,15 @@ def test_processed_weights_are_asked_for_and_refused(monkeypatch):
     for sae, place in ((wants, heads), (raw, stream), (nobody, stream)):
         with model.saes({place: sae}):
             pass
-    monkeypatch.setattr(type(model), "passes", [Processed("center_writing_weights")], raising=False)
+    lens.passes.center_writing_weights(model)
     with pytest.raises(SaeError, match="with no center_writing_weights.*undo_passes"):
         model.saes({stream: raw}).__enter__()
     for sae, place in ((wants, stream), (nobody, stream), (raw, heads)):
         with model.saes({place: sae}):
             pass
+    model.undo_passes()
+    with model.saes({stream: raw}):
+        pass
     with pytest.raises(SaeError, match=r"gain and bias too.*'blocks.1.ln2.hook_out'"):
         model.saes({"blocks.1.ln2.hook_normalized": raw}).__enter__()
 

@@ -142,6 +142,7 @@ def patch_sweep(
     return results if isinstance(metric, Mapping) else results["metric"]
 
 
+@checks_arguments
 def metrics_of(metric: Metric | Mapping[str, Metric]) -> dict[str, Metric]:
     """Give the metrics by name; one alone is called `metric`.
 

@@ -63,7 +63,7 @@ class Outcome:
     """How many cells were run; the others cannot differ from the baseline, or were in the file."""
 
 
-def run_sweep(model: "LensModel", corrupted: Any, grid: Cells, request: Request) -> Outcome:
+def run_sweep(model: "LensModel", corrupted: Tensor, grid: Cells, request: Request) -> Outcome:
     """Run every cell of a grid and measure it."""
     if request.batch_size is not None and (isinstance(request.batch_size, bool) or request.batch_size < 1):
         raise ArgumentError(f"batch_size is how many cells run at once, 1 or more; got {request.batch_size!r}")
@@ -72,11 +72,12 @@ def run_sweep(model: "LensModel", corrupted: Any, grid: Cells, request: Request)
         points = list({cell.point.name: cell.point for cell in cells}.values())
         hooked = is_hooked(model)
         may_pack = not request.exact and not hooked and all(is_packable(model, point) for point in points)
+        may_pack = may_pack and can_pack(model, corrupted.shape[1])
         baseline = prepare(model, corrupted, points, request.positions, keeps_cache=may_pack, **request.options)
         sweep = _Sweep(baseline, grid, request, n_cells=len(cells))
         left = sweep.begin(cells)
         engine: Engine = "exact"
-        if may_pack and can_pack(model, baseline.cache, baseline.n_pos) and _is_worth(baseline, left):
+        if may_pack and _is_worth(baseline, left):
             engine = "packed" if agrees(baseline, grid, left) else "exact"
         with _bar(request.progress) as progress:
             task = progress.add_task("patching", total=len(left))

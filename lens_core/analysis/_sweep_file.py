@@ -41,7 +41,7 @@ class Saved:
             AnalysisFileError: A file of another sweep, or none of a sweep.
         """
         path = KIND.target(given)
-        told = json.dumps(identity, sort_keys=True)
+        told = json.dumps(identity)
         tensors: Mapping[str, Tensor] = {}
         if path.exists():
             tensors = KIND.read(path, lambda found, metadata, shown: _checked(found, metadata, shown, told, baselines))
@@ -69,11 +69,11 @@ def _checked(
     tensors: dict[str, Tensor], metadata: Mapping[str, str], shown: str, identity: str, baselines: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     theirs, ours = json.loads(metadata["sweep"]), json.loads(identity)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
+    for name in ours:
+        if theirs.get(name) != ours[name]:
             raise AnalysisFileError(
                 f"{shown!r} is of another sweep: its {name} is {_short(theirs.get(name))}, and here it is "
-                f"{_short(ours.get(name))}; give another path, or remove the file"
+                f"{_short(ours[name])}; give another path, or remove the file"
             )
     for name, value in baselines.items():
         had = tensors[f"baselines.{name}"].to(value)

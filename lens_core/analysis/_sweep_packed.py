@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from lens_core._functions import function_slot, give_back, take
-from lens_core._hf_cache import COPYABLE, cached_length
+from lens_core._hf_cache import COPYABLE, new_cache
 from lens_core._plan import StopForward
 from lens_core._state import takes_position_ids
 from lens_core.analysis._sweep_grid import Cell, Cells
@@ -50,17 +50,17 @@ DEPTH_TRIED = 4
 _tried: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()
 
 
-def can_pack(model: "LensModel", cache: Any, n_pos: int) -> bool:
-    """Whether the attention of every layer is of the kind that a packed sequence needs; `cache` is of a whole run."""
+def can_pack(model: "LensModel", n_pos: int) -> bool:
+    """Whether the attention of every layer is of the kind that a packed sequence needs."""
     if model.bare_model.config._attn_implementation not in IMPLEMENTATIONS or not takes_position_ids(model):
         return False
     if "attention" not in model.layer_types() or set(model.layer_types()) - {"attention", "mlp"}:
         return False
-    for layer in cache.layers:
+    for layer in new_cache(model.bare_model).layers:
         window = getattr(layer, "sliding_window", None)
         if type(layer) not in COPYABLE or (window is not None and window <= n_pos):
             return False
-    return cached_length(cache) == n_pos
+    return True
 
 
 def is_packable(model: "LensModel", point: HookPoint) -> bool:

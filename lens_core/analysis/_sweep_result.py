@@ -53,7 +53,8 @@ class PatchingResult:
     @property
     def stderr(self) -> Float[Tensor, " *axes"]:
         """The standard error of `effect`'s mean over the rows (rows differ before any patch); NaN of one row."""
-        return self.effect.std(-1) / self.effect.shape[-1] ** 0.5
+        rows = self.effect.shape[-1]
+        return self.effect.std(-1) / rows**0.5 if rows > 1 else torch.full_like(self.mean, torch.nan)
 
     @property
     def effect(self) -> Float[Tensor, "*axes batch"]:

@@ -214,6 +214,7 @@ def _by_setter(
     return results_of(outcome, shape=shape, **described)["metric"]
 
 
+@checks_arguments
 def _reduced(found: PatchingResult, reduce: Reduce) -> Tensor | PatchingResult:
     if reduce not in ("mean", "none"):
         raise ArgumentError(f"reduce is 'mean' or 'none'; got {reduce!r}")

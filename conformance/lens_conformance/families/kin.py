@@ -174,9 +174,15 @@ GEMMA3 = Family(
 DROPOUT = {"phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2}, "ernie4_5": {}, "ernie4_5_moe": {}}
 
 
+def _rerouted(name: str, *, causal: bool = False) -> Any:
+    """Turn a router's logits around: where all experts but the best are cut off, its weight is 1, whatever its logit."""
+    return (lambda x, hook=None: -x) if name.endswith("router_logits") else edit_at(name, causal=causal)
+
+
 def family(model_type: str) -> Family:
     """Make the record of a type."""
-    return judged(model_type, *TYPES[model_type], dropout=DROPOUT.get(model_type, {"attention_dropout": 0.2}))
+    edit = {"edit_at": _rerouted} if model_type == "phimoe" else {}
+    return judged(model_type, *TYPES[model_type], dropout=DROPOUT.get(model_type, {"attention_dropout": 0.2}), **edit)
 
 
 FAMILIES = [*(family(model_type) for model_type in TYPES), BIGCODE, OPT, BIOGPT, GEMMA3]

@@ -130,9 +130,8 @@ def judged(model_type: str, config: dict[str, Any], axes: dict[str, Any], **give
         golden=llama.golden,
         names=llama.names,
         implementations=("eager",) if model_type in EAGER else ("sdpa", "eager"),
-        edit_at=edit_at,
         apart=lambda name: name.endswith(copies),
-        **given,
+        **{"edit_at": edit_at, **given},
     )
 
 

@@ -175,7 +175,7 @@ DROPOUT = {"phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0
 
 
 def _rerouted(name: str, *, causal: bool = False) -> Any:
-    """Turn a router's logits around: where all experts but the best are cut off, its weight is 1, whatever its logit."""
+    """Turn a router's logits around: where it cuts off all experts but the best, a weight is 1 whatever the logit."""
     return (lambda x, hook=None: -x) if name.endswith("router_logits") else edit_at(name, causal=causal)
 
 

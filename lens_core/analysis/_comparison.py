@@ -11,6 +11,7 @@ from torch import Tensor
 from lens_core import view
 from lens_core._arguments import checks_arguments
 from lens_core._extras import need
+from lens_core.analysis._listed import listed
 from lens_core.errors import ArgumentError
 
 __all__ = ["Comparison", "Context", "WeightChange"]
@@ -101,13 +102,13 @@ class Comparison:
     @checks_arguments
     def top(self, k: int = 10) -> list[tuple[str, float]]:
         """Give the hook points with the largest relative difference."""
-        order = self.relative.argsort(descending=True, stable=True)[:k].tolist()
+        order = listed(self.relative.argsort(descending=True, stable=True)[:k])
         return [(self.names[at], float(self.relative[at])) for at in order]
 
     @checks_arguments
     def top_tokens(self, k: int = 10) -> list[tuple[str, float]]:
         """Give the tokens whose mean probability changed most, and by how much."""
-        order = self.prob_change.abs().argsort(descending=True, stable=True)[:k].tolist()
+        order = listed(self.prob_change.abs().argsort(descending=True, stable=True)[:k])
         return [(self.decode(token), float(self.prob_change[token])) for token in order]
 
     @checks_arguments
@@ -132,22 +133,27 @@ class Comparison:
         pandas = need("pandas", "a data frame")
         if table == "points":
             columns = {"name": self.names, "layer": pandas.array(self.layers, dtype="Int64"), "part": self.parts}
-            return pandas.DataFrame(columns | {"relative": self.relative.tolist(), "cosine": self.cosine.tolist()})
+            return pandas.DataFrame(columns | {"relative": listed(self.relative), "cosine": listed(self.cosine)})
         if table == "positions":
             n_pos = self.relative_by_pos.shape[1]
-            rows = [
+            rows: list[dict[str, Any]] = [
                 {"name": name, "pos": at, "relative": relative, "cosine": cosine}
                 for name, relatives, cosines in zip(
-                    self.names, self.relative_by_pos.tolist(), self.cosine_by_pos.tolist(), strict=True
+                    self.names, listed(self.relative_by_pos), listed(self.cosine_by_pos), strict=True
                 )
                 for at, relative, cosine in zip(range(n_pos), relatives, cosines, strict=True)
             ]
             return pandas.DataFrame(rows)
         if table == "tokens":
             ids = range(self.probs.shape[1])
-            own, other = self.probs.tolist()
-            found = {"id": ids, "token": [self.decode(token) for token in ids], "prob_a": own, "prob_b": other}
-            return pandas.DataFrame(found | {"change": self.prob_change.tolist()})
+            own, other = listed(self.probs)
+            found: dict[str, Any] = {
+                "id": ids,
+                "token": [self.decode(token) for token in ids],
+                "prob_a": own,
+                "prob_b": other,
+            }
+            return pandas.DataFrame(found | {"change": listed(self.prob_change)})
         if table == "contexts":
             return pandas.DataFrame([attrs.asdict(one) for one in self.contexts])
         return pandas.DataFrame([{**attrs.asdict(one), "relative": one.relative} for one in self.weights])
@@ -158,7 +164,7 @@ class Comparison:
         parts = list(dict.fromkeys(self.parts))
         rows = list(dict.fromkeys(self.layers))
         values: list[list[float | None]] = [[None] * len(parts) for _ in rows]
-        for layer, part, value in zip(self.layers, self.parts, self.relative.tolist(), strict=True):
+        for layer, part, value in zip(self.layers, self.parts, listed(self.relative), strict=True):
             values[rows.index(layer)][parts.index(part)] = value
         names = ["outside" if layer is None else f"layer {layer}" for layer in rows]
         return view.grid(names, parts, values, title=title or "Relative difference", unit="of the first model's norm")
@@ -191,4 +197,4 @@ class Comparison:
         return view.page("Two models compared", shown)
 
     def _repr_html_(self) -> str:
-        return self.page()._repr_html_()
+        return self.page()._repr_html_()  # pyright: ignore[reportPrivateUsage]

@@ -7,7 +7,7 @@ batch at a time, and only sums stay.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from lens_core._arguments import checks_arguments
 from lens_core.analysis._batches import Batch, batches, token_rows
 from lens_core.analysis._comparison import Comparison, Context, WeightChange
+from lens_core.analysis._listed import listed
 from lens_core.analysis.logit_lens import decoder
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import NameFilter
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Context", "WeightChange", "compare", "compare_weights"]
 
 _CONTEXT = 12  # tokens before a position that are shown with it
+_Place: TypeAlias = tuple[float, int, int, Tensor, int, int]
+"""A divergence, the text, the position, the tokens up to it, and the most likely next token of a and of b."""
 
 
 @checks_arguments
@@ -150,10 +153,14 @@ def _names(model: "LensModel", names: NameFilter) -> tuple[str, ...]:
 def _rows(a: "LensModel", b: "LensModel", texts: Any, prepend_bos: bool | None) -> Iterator[Tensor]:
     """Give ids, which both tokenizers agree on."""
     given = [texts] if isinstance(texts, str) else texts
-    is_ids = isinstance(given, Tensor) or (isinstance(given, Sequence) and given and not isinstance(given[0], str))
+    is_ids = isinstance(given, Tensor) or (isinstance(given, list | tuple) and not _is_text(cast("Any", given)))
     if a.tokenizer is not None and b.tokenizer is not None and isinstance(given, Iterable) and not is_ids:
         given = _agreed(a, b, cast("Iterable[Any]", given), prepend_bos)
     return token_rows(b if a.tokenizer is None else a, given, prepend_bos=prepend_bos)
+
+
+def _is_text(given: Any) -> bool:
+    return bool(given) and isinstance(given[0], str)
 
 
 def _agreed(a: "LensModel", b: "LensModel", texts: Iterable[Any], prepend_bos: bool | None) -> Iterator[Any]:
@@ -163,7 +170,7 @@ def _agreed(a: "LensModel", b: "LensModel", texts: Iterable[Any], prepend_bos: b
             (own,), (other,) = (token_rows(model, [one], prepend_bos=prepend_bos) for model in (a, b))
             if not torch.equal(own, other):
                 raise ArgumentError(
-                    f"the tokenizers read {one[:60]!r} as {own.tolist()[:8]} and {other.tolist()[:8]}; give ids"
+                    f"the tokenizers read {one[:60]!r} as {listed(own)[:8]} and {listed(other)[:8]}; give ids"
                 )
         yield one
 
@@ -174,7 +181,7 @@ def _agreed(a: "LensModel", b: "LensModel", texts: Iterable[Any], prepend_bos: b
 @torch.no_grad()
 def _take(a: "LensModel", b: "LensModel", batch: Batch, sums: "_Sums") -> None:
     """Run a batch through both; the second model's values are met as they come, and not kept."""
-    own, cache = a.run_with_cache(batch.tokens, names_filter=list(sums.names), **batch.call)
+    logits, cache = a.run_with_cache(batch.tokens, names_filter=list(sums.names), **batch.call)
     real = batch.attention_mask.bool()
 
     def meet(name: str, value: Tensor, hook: Any) -> None:
@@ -186,14 +193,14 @@ def _take(a: "LensModel", b: "LensModel", batch: Batch, sums: "_Sums") -> None:
         else:
             del cache[name]
         if value.is_floating_point():
-            pair = (_vectors(each, axis) for each in (met.to(value.device), value))
-            sums.add(name, *pair, real[:, first : first + value.shape[axis]], first)
+            own, other = _vectors(met.to(value.device), axis), _vectors(value, axis)
+            sums.add(name, own, other, real[:, first : first + value.shape[axis]], first)
 
     hooks = [(name, partial(meet, name)) for name in sums.names]
     moved = {name: value.to(b.input_device) for name, value in batch.call.items()}
-    other = b.run_with_hooks(batch.tokens.to(b.input_device), fwd_hooks=hooks, **moved)
-    for row in range(len(own)):
-        sums.add_logits(batch.tokens[row], own[row], other[row].to(own.device), real[row], batch.first + row)
+    changed = b.run_with_hooks(batch.tokens.to(b.input_device), fwd_hooks=hooks, **moved)
+    for row, (own, other) in enumerate(zip(logits, changed.to(logits.device), strict=True)):
+        sums.add_logits(batch.tokens[row], own, other, real[row], batch.first + row)
 
 
 def _vectors(value: Tensor, axis: int) -> Float[Tensor, "batch pos width"]:
@@ -217,14 +224,14 @@ class _Sums:
     losses: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
     n_next: int = 0
     n_agree: int = 0
-    contexts: list[tuple[float, int, int, Tensor, int, int]] = attrs.field(factory=list)
+    contexts: list[_Place] = attrs.field(factory=list[_Place])
 
     def add(self, name: str, own: Tensor, other: Tensor, real: Tensor, first: int) -> None:
         """Take one hook point's vectors of one batch, from a position on."""
         real = real.to(own.device)
-        size, off = own.norm(dim=-1), (other - own).norm(dim=-1)
+        size, theirs, off = (each.pow(2).sum(-1).sqrt() for each in (own, other, other - own))
         cosine = F.cosine_similarity(own, other, dim=-1)
-        cosine = torch.where((size == 0) & (other.norm(dim=-1) == 0), 1.0, cosine)
+        cosine = torch.where((size == 0) & (theirs == 0), 1.0, cosine)
         rows = torch.stack([off**2, size**2, cosine, torch.ones_like(off)]) * real
         found = F.pad(rows.sum(1).double().cpu(), (first, 0))
         self.points[name] = _sum(self.points[name], found) if name in self.points else found
@@ -247,7 +254,7 @@ class _Sums:
         self.n_next += length - 1
         best = log_a.argmax(-1), log_b.argmax(-1)
         self.n_agree += int((best[0] == best[1]).sum())
-        for at in kl.topk(min(self.n_contexts, length)).indices.tolist():
+        for at in listed(kl.topk(min(self.n_contexts, length)).indices):
             read = tokens[max(0, at + 1 - _CONTEXT) : at + 1].cpu()
             self.contexts.append((float(kl[at]), text, at, read, int(best[0][at]), int(best[1][at])))
         self.contexts = sorted(self.contexts, key=lambda one: -one[0])[: self.n_contexts]
@@ -280,9 +287,9 @@ class _Sums:
         )
 
 
-def _context(found: tuple[float, int, int, Tensor, int, int], decode: Callable[[int], str]) -> Context:
+def _context(found: _Place, decode: Callable[[int], str]) -> Context:
     kl, text, pos, before, own, other = found
-    shown = "".join(decode(token) for token in before.tolist())
+    shown = "".join(decode(token) for token in listed(before))
     return Context(kl=kl, text=text, pos=pos, before=shown, top_a=decode(own), top_b=decode(other))
 
 

@@ -13,7 +13,7 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits";
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import torch
@@ -26,6 +26,7 @@ from lens_core._decomposition import declaration_of, model_of, read_values, slic
 from lens_core._extras import need
 from lens_core._logit_attrs import logit_bias, logits_of, token_pair
 from lens_core.analysis._direct_units import check_unit, read_parts, unit_names
+from lens_core.analysis._listed import listed
 from lens_core.analysis.logit_lens import decoder
 from lens_core.cache import ActivationCache
 from lens_core.errors import ArgumentError
@@ -92,7 +93,7 @@ class DirectLogitAttribution:
             By source, labels say from where: `L1H3 from 5`.
         """
         labels, values = self._flat()
-        index = values.argsort(descending=not lowest, stable=True)[:k].tolist()
+        index = listed(values.argsort(descending=not lowest, stable=True)[:k])
         return [(labels[at], float(values[at])) for at in index]
 
     def _flat(self) -> tuple[list[str], Tensor]:
@@ -143,17 +144,17 @@ class DirectLogitAttribution:
         values = self.values.mean(1) if row is None else sliced(self.values, 1, row)
         title = title or f"Direct logit attribution by {self.unit}"
         size = values.reshape(len(values), -1)
-        order = size.abs().sum(-1).argsort(descending=True, stable=True)[:_SHOWN].sort().values.tolist()
+        order: list[int] = listed(size.abs().sum(-1).argsort(descending=True, stable=True)[:_SHOWN].sort().values)
         labels = [self.labels[at] for at in order]
         if self.unit != "source":
-            return view.bars(labels, size.mean(-1)[order].tolist(), title=title, unit="logits")
+            return view.bars(labels, listed(size.mean(-1)[order]), title=title, unit="logits")
         texts = [str(at) for at in range(values.shape[-1])]
         if self.tokens is not None and (row is not None or len(self.tokens) == 1):
-            texts = [self.decode(token) for token in self.tokens[row or 0].tolist()]
-        return view.grid(labels, texts, values[order].tolist(), title=title, unit="logits")
+            texts = [self.decode(token) for token in listed(self.tokens[row or 0])]
+        return view.grid(labels, texts, listed(values[order]), title=title, unit="logits")
 
     def _repr_html_(self) -> str:
-        return self.picture()._repr_html_()
+        return self.picture()._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments
@@ -217,18 +218,18 @@ def direct_logit_attribution(
     if twice or (input is None) == (cache is None):
         raise ArgumentError("give an input to run or a cache to read: one of them")
     check_unit(model, unit)
-    if cache is None:
-        with torch.no_grad():
-            _, cache = model.run_with_cache(input, names_filter=unit_names(model, unit), return_type=None, **kwargs)
     with torch.no_grad():
-        return _attribute(_batched(cache), answer_tokens, incorrect_tokens, unit, pos)
+        filled: Any = cache
+        if cache is None:
+            _, filled = model.run_with_cache(input, names_filter=unit_names(model, unit), return_type=None, **kwargs)
+        return _attribute(_batched(filled), answer_tokens, incorrect_tokens, unit, pos)
 
 
 def _attribute(cache: ActivationCache, answer: Any, incorrect: Any, unit: str, pos: Any) -> DirectLogitAttribution:
     name = "unembed.hook_in" if "unembed.hook_in" in cache else "ln_final.hook_out"
     (received,) = read_values(cache, [name])
     batch, n_pos, _ = received.shape
-    chosen = cast("list[int]", sliced(torch.arange(n_pos), 0, pos).reshape(-1).tolist())
+    chosen: list[int] = listed(sliced(torch.arange(n_pos), 0, pos).reshape(-1))
     is_one = sliced(torch.arange(n_pos), 0, pos).ndim == 0
     if unit == "source" and not is_one:
         raise ArgumentError(f"by source, logits are attributed at one position, an int; got {pos!r}")
@@ -264,14 +265,14 @@ def _by_pair(
     pairs = torch.stack([right, right if wrong is None else wrong], -1)
     found: Tensor | None = None
     labels = list[str]()
-    for pair in pairs.flatten(0, 1).unique(dim=0):
-        mask = (pairs == pair).all(-1)
-        rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    for right_one, wrong_one in sorted({(int(one), int(other)) for one, other in listed(pairs.flatten(0, 1))}):
+        mask = (pairs[..., 0] == right_one) & (pairs[..., 1] == wrong_one)
+        rows, columns = (listed(mask.any(axis).nonzero().flatten()) for axis in (1, 0))
         whole = len(rows) == len(mask)
         part = cache if whole else cache.apply_slice_to_batch_dim(slice(rows[0], rows[-1] + 1))
         if not whole and len(rows) != rows[-1] + 1 - rows[0]:
             part = cache.apply_slice_to_batch_dim(rows)
-        onto = cache.logit_directions(pair[0], None if wrong is None else pair[1])
+        onto = cache.logit_directions(right_one, None if wrong is None else wrong_one)
         values, labels = read_parts(part, onto, unit, [chosen[at] for at in columns])
         if found is None:
             width = values.shape[2] if unit == "source" else len(chosen)

@@ -21,6 +21,7 @@ from lens_core._arguments import checks_arguments
 from lens_core._decomposition import model_of, read_values, sliced, stream_name
 from lens_core._extras import need
 from lens_core._logit_attrs import token_ids
+from lens_core.analysis._listed import listed
 from lens_core.analysis.readout import CHUNK, read_vocabulary
 from lens_core.cache import ActivationCache
 from lens_core.errors import ArgumentError, InputError
@@ -119,11 +120,11 @@ class LogitLens:
         if shade not in _SHADES:
             raise ArgumentError(f"shade is one of {', '.join(map(repr, _SHADES))}; got {shade!r}")
         values = self.top_log_probs[..., 0].exp() if shade == "probability" else getattr(self, shade)
-        shown = sliced(values.flip(0), 1, row).tolist()
-        best = sliced(self.top_tokens[..., 0].flip(0), 1, row).tolist()
+        shown = listed(sliced(values.flip(0), 1, row))
+        best = listed(sliced(self.top_tokens[..., 0].flip(0), 1, row))
         texts = [str(at) for at in self.positions]
         if self.tokens is not None:
-            texts = [self.decode(token) for token in sliced(self.tokens, 0, row).tolist()]
+            texts = [self.decode(token) for token in listed(sliced(self.tokens, 0, row))]
         return view.grid(
             self.labels[::-1],
             texts,
@@ -135,7 +136,7 @@ class LogitLens:
         )
 
     def _repr_html_(self) -> str:
-        return self.grid()._repr_html_()
+        return self.grid()._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments
@@ -204,15 +205,16 @@ def logit_lens(
         raise ArgumentError("a lens translates what enters a block; leave out incl_mid")
     names, labels, at = _entries(model, layers, incl_mid=incl_mid)
     final = stream_name(model, model.table.n_layers)
+    filled: Any = cache
     if cache is None:
         with torch.no_grad():
-            _, cache = model.run_with_cache(
+            _, filled = model.run_with_cache(
                 input,
                 names_filter=["hook_tokens", *dict.fromkeys([*names, final])],
                 stop_at_layer=model.table.n_layers,  # no logits of all tokens
                 **kwargs,
             )
-    streams = [_rows(cache, value) for value in read_values(cache, [*names, final])]
+    streams = [_rows(filled, value) for value in read_values(filled, [*names, final])]
     index = torch.arange(streams[0].shape[1])
     chosen = sliced(index, 0, positions).reshape(-1)
     streams = [stream[:, chosen.to(stream.device)] for stream in streams]
@@ -228,14 +230,14 @@ def logit_lens(
     found = read_vocabulary(
         model, entries, reference, targets=None if ids is None else ids.flatten(0, 1), top=top, chunk=chunk
     )
-    parts = {
+    parts: dict[str, Any] = {
         name: None if value is None else value.unflatten(1, (batch, pos))
         for name, value in attrs.asdict(found, recurse=False).items()
     }
-    tokens = _rows(cache, cache["hook_tokens"], axes=1)[:, chosen] if "hook_tokens" in cache else None
+    tokens = _rows(filled, filled["hook_tokens"], axes=1)[:, chosen] if "hook_tokens" in filled else None
     return LogitLens(
         labels=tuple(labels),
-        positions=tuple(chosen.tolist()),
+        positions=tuple(listed(chosen)),
         target_tokens=ids,
         tokens=tokens,
         decode=decoder(model),

@@ -10,6 +10,7 @@ Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers wit
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,6 +24,7 @@ from lens_core._extras import need
 from lens_core._tensor_file import FileKind, origin
 from lens_core.analysis._batches import Batch, batches
 from lens_core.analysis._identity import sample_of, unlike_sample
+from lens_core.analysis._listed import listed
 from lens_core.analysis.logit_lens import normed
 from lens_core.analysis.readout import CHUNK, read_vocabulary
 from lens_core.errors import AnalysisFileError, ArgumentError
@@ -86,7 +88,7 @@ class TunedLens:
         """
         if self.kl is None or self.logit_lens_kl is None:
             raise ArgumentError("this lens was not fitted: fit_tuned_lens gives one with its divergences")
-        found = {"logit_lens_kl": self.logit_lens_kl.tolist(), "tuned_lens_kl": self.kl.tolist()}
+        found = {"logit_lens_kl": listed(self.logit_lens_kl), "tuned_lens_kl": listed(self.kl)}
         return need("pandas", "a data frame").DataFrame({"layer": range(len(self.kl)), **found})
 
     @checks_arguments
@@ -226,12 +228,12 @@ def fit_tuned_lens(
         [value.detach().clone().requires_grad_() for value in values] for values in (lens.weights, lens.biases)
     )
     generator = torch.Generator().manual_seed(seed)
-    order = [at for _ in range(epochs) for at in torch.randperm(len(training), generator=generator).tolist()]
+    order: list[int] = [at for _ in range(epochs) for at in listed(torch.randperm(len(training), generator=generator))]
     _descend(
         model,
         [training[at] for at in order],
         (weights, biases),
-        (optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr)))([*weights, *biases]),
+        (optimizer or partial(torch.optim.Adam, lr=lr))([*weights, *biases]),
         rows=rows,
         generator=generator,
         verbose=verbose,

@@ -45,9 +45,13 @@ class PassRecord:
         """Tell it in a line."""
         if self.skipped:
             return f"{self.name}: left out, since {self.skipped}"
+        if not self.changed:
+            return f"{self.name}: there was nothing to change"
+        count = f"{len(self.changed)} parameter{'s' if len(self.changed) > 1 else ''}"
+        where = f"in {len(self.layers)} blocks and around them" if self.layers else "outside of the blocks"
         untied = ", the unembedding untied from the embedding" if self.untied else ""
         sizes = f"{_mib(self.added_bytes)} added, {_mib(self.kept_bytes)} kept to undo"
-        return f"{self.name}: {len(self.changed)} parameters in {len(self.layers)} blocks{untied}; {sizes}"
+        return f"{self.name}: {count} {where}{untied}; {sizes}"
 
 
 def _mib(count: int) -> str:

@@ -23,19 +23,8 @@ __all__ = [
 AFTER = ("ln1_post", "ln2_post")
 """Norms between a branch and the sum."""
 ENDS = (
-    "Q",
-    "K",
-    "V",
-    "O",
-    "in",
-    "gate",
-    "out",
-    "router",
-    "in_proj",
-    "out_proj",
-    "expert_in",
-    "expert_gate",
-    "expert_out",
+    *("Q", "K", "V", "O", "in", "gate", "out", "router", "in_proj", "out_proj"),
+    *("expert_in", "expert_gate", "expert_out"),
 )
 """Weight views of what reads or writes the stream; the others are inside of a branch."""
 

@@ -107,7 +107,7 @@ class WeightPass:
         if reason is not None:
             raise WeightError(f"{self.name} does not hold for this model: {reason}")
         target = copying.deepcopy(model) if copy else model
-        _apply(self, target, keep=keep)
+        _apply(self, target, keep=keep, callers=3)
         return target
 
 
@@ -182,12 +182,12 @@ def _check_switches(**given: Any) -> None:
             raise ArgumentError(f"{name} is True or False; got {value!r}")
 
 
-def _apply(one: WeightPass, model: Any, *, keep: bool) -> None:
+def _apply(one: WeightPass, model: Any, *, keep: bool, callers: int = 4) -> None:
     root = model.bare_model
     log = log_of(root)
     if one.name in log.applied:
         told = f"{one.name} was applied before: nothing was changed"
-        warnings.warn(told, PassWarning, stacklevel=4)
+        warnings.warn(told, PassWarning, stacklevel=callers)
         return
     setattr(root, ATTRIBUTE, log)
     editor = Editor(model, log, keep=keep)

@@ -46,7 +46,9 @@ def test_a_record_says_what_was_done(model):
     kept = [name for name in record.changed if not name.startswith("lm_head")]
     assert record.kept_bytes == sum(sizes[name].nbytes for name in kept)
     assert "transformer.wte.weight" not in record.changed
-    assert "3 blocks, the unembedding untied" in str(record)
+    assert "in 3 blocks and around them, the unembedding untied" in str(record)
+    told = str(lens.load(tiny_llama()).process_weights().passes[-1])
+    assert told == "fold_value_biases: there was nothing to change"
     assert "weights after fold_ln)" in repr(model)
     assert model.cfg.normalization_type == "LNPre"
 

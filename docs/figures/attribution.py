@@ -1,9 +1,9 @@
 """Attribution of edges against cutting each of them, and the edges that come out on top."""
 
 import torch
-from docs.figures._style import BLUE, GREY, ORANGE, subplots
 
 import lens_core as lens
+from docs.figures._style import BLUE, GREY, ORANGE, subplots
 from lens_core.analysis.attribution import agreement, attribute_edges
 from lens_core.analysis.circuits import edge_effects
 

@@ -45,13 +45,17 @@ class Pair:
             got = f"{type(self.metric).__name__}: {self.metric!r}"
             raise ArgumentError(f"the metric is a function from logits [batch, pos, d_vocab] to [batch]; got {got}")
 
-    def values(
-        self, which: At, names: Sequence[str], *, measure: bool = True
-    ) -> tuple["ActivationCache", Tensor | None]:
-        """Give values at some hook points, and the metric, without a graph."""
+    def values(self, which: At, names: Sequence[str]) -> tuple["ActivationCache", Tensor]:
+        """Give values at some hook points, and the logits, without a graph."""
         with torch.no_grad():
             logits, cache = self.model.run_with_cache(self._input(which), names_filter=list(names), **self.options)
-            return cache, self._measured(logits) if measure else None
+        return cache, logits
+
+    def measured_values(self, which: At, names: Sequence[str]) -> tuple["ActivationCache", Tensor]:
+        """Give values at some hook points, and the metric, without a graph."""
+        cache, logits = self.values(which, names)
+        with torch.no_grad():
+            return cache, self._measured(logits)
 
     def gradients(
         self,

@@ -215,9 +215,9 @@ class _Way:
 
     def values(self, which: At, names: Sequence[str]) -> "ActivationCache":
         """Give the values of a run, and note its metric; what a mean is taken over may be no text of the metric's."""
-        cache, measured = self.pair.values(which, names, measure=which == "clean" or self.baseline == "corrupted")
-        if measured is not None:
-            self.measured[which] = measured
+        if which == "corrupted" and self.baseline != "corrupted":
+            return self.pair.values(which, names)[0]
+        cache, self.measured[which] = self.pair.measured_values(which, names)
         return cache
 
     def ends(self, names: Sequence[str]) -> "tuple[ActivationCache, ActivationCache | None]":

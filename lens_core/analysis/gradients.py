@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["linearized"]
 
+_TRANSITION: tuple[FrozenPart, ...] = ("decay", "delta", "B", "C")
+_GATE: tuple[FrozenPart, ...] = ("gate",)
+_ACTIVATION: tuple[FrozenPart, ...] = ("activation",)
+
 
 @checks_arguments
 def linearized(
@@ -146,9 +150,9 @@ def _function_of(model: "LensModel", layer: int) -> Callable[[Tensor], Tensor]:
 def _mixer(model: "LensModel", layer: int, *, gate: bool, transition: bool, activation: bool) -> list[Entry]:
     if f"blocks.{layer}.mixer.hook_delta" not in model.table:
         return []
-    parts: list[FrozenPart] = ["decay", "delta", "B", "C"] if transition else []
-    parts += ["gate"] if gate else []
-    parts += ["activation"] if activation else []
+    parts: list[FrozenPart] = []
+    for is_held, held in ((transition, _TRANSITION), (gate, _GATE), (activation, _ACTIVATION)):
+        parts.extend(held if is_held else ())
     return stop_gradients(model, parts, layers=layer)
 
 

@@ -124,13 +124,13 @@ def attribute_states(
     pair = Pair(model=model, clean=clean, corrupted=corrupted, metric=metric, options=kwargs)
     names = [f"blocks.{layer}.mixer.hook_{part}" for layer in chosen for part in ("ssm_state", "decay")]
     base: At = "corrupted" if at == "clean" else "clean"
-    other, measured = pair.values(base, names)
+    other, measured = pair.measured_values(base, names)
     own, own_measured = pair.gradients(at, names)
     with torch.no_grad():
         parts = [_flow(own, other, layer, sign=1.0 if at == "clean" else -1.0) for layer in chosen]
     found = {part: torch.stack([each[part] for each in parts]) for part in parts[0]}
-    both = {at: own_measured, base: measured}
-    return StateAttribution(**found, layers=tuple(chosen), clean=both["clean"], corrupted=both["corrupted"])
+    ends = (own_measured, measured) if at == "clean" else (measured, own_measured)
+    return StateAttribution(**found, layers=tuple(chosen), clean=ends[0], corrupted=ends[1])
 
 
 def _flow(own: "ActivationCache", other: "ActivationCache", layer: int, *, sign: float) -> dict[str, Tensor]:

@@ -343,8 +343,8 @@ def test_wrong_names_and_axes_are_refused(gpt2):
 
 def test_the_induction_circuit_of_the_toy_is_found():
     """The copy of the token before into the induction head's key is an edge of the top; agreement with cutting each."""
-    model = lens.load("toy:gpt2")
-    names = "king queen apple river moon book bread stone".split()
+    model = lens.load("toy:gpt2", dtype=torch.float64)
+    names = ("king", "queen", "apple", "river", "moon", "book", "bread", "stone")
     words = torch.tensor([model.to_single_token(f" {word}") for word in names])
     generator = torch.Generator().manual_seed(0)
     a, b, c, d, e, other = torch.stack([words[torch.randperm(8, generator=generator)[:6]] for _ in range(6)], 1)

@@ -1,5 +1,6 @@
 """Automatic circuit discovery: edges are cut one after the other, from the logits back, as long as the output stays."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def acdc(
         >>> "L0H2 -> L1H0.k" in circuit  # from the previous-token head to the induction head's keys
         True
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:  # noqa: PLR0124
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or math.isnan(threshold):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"threshold is a number, in nats or in the metric's unit; got {threshold!r}")
     if metric is not None and positions is not None:
         raise ArgumentError("positions are where the divergence is taken; a metric chooses its own from the logits")

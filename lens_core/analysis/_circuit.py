@@ -81,7 +81,8 @@ class Circuit:
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """The edges, reader by reader in the order of computation."""
-        pairs: list[list[int]] = self.kept.T.nonzero().tolist()
+        indices: Any = self.kept.T.nonzero()
+        pairs: list[list[int]] = indices.tolist()
         return tuple(Edge(self.graph.writers[writer], self.graph.readers[reader]) for reader, writer in pairs)
 
     @cached_property
@@ -158,7 +159,7 @@ class Circuit:
     def _repr_html_(self) -> str:
         rows = [(edge.source.label, edge.target.label, self.score(edge)) for edge in self.edges[:200]]
         more = "" if len(self) <= 200 else ", the first 200"
-        return view.table(rows, ["from", "to", "score"], title=f"{self!r}{more}")._repr_html_()
+        return view.table(rows, ["from", "to", "score"], title=f"{self!r}{more}")._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
     # ------------------------------------------------------------------ files
 
@@ -215,7 +216,8 @@ def edge_order(
     graph: Graph, scores: Float[Tensor, "writer reader"], method: Literal["greedy", "top"] = "greedy"
 ) -> list[tuple[int, int]]:
     """Order all edges, as (writer, reader): the first n are the circuit of n edges. See `circuit_of_scores`."""
-    size = check_scores(graph, scores).abs().tolist()
+    absolute: Any = check_scores(graph, scores).abs()
+    size: list[list[float]] = absolute.tolist()
     edges = [(writer, reader) for reader, reach in enumerate(graph.reach) for writer in range(reach)]
     if method == "top":
         return sorted(edges, key=lambda edge: -size[edge[0]][edge[1]])

@@ -114,7 +114,7 @@ class CircuitCurve:
         shares: Any = self.normalized
         labels = [f"{size} edges" for size in self.sizes]
         title = f"{self.kind.capitalize()} by size; area {self.area:.3f}"
-        return view.bars(labels, shares.tolist(), title=title)._repr_html_()
+        return view.bars(labels, shares.tolist(), title=title)._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments
@@ -270,9 +270,12 @@ def _chosen(
     """Give the circuits, from small to large."""
     if isinstance(given, Tensor):
         return tuple(_by_size(_graph(model, graph), given, sizes, method))
-    listed: list[Any] = [given] if isinstance(given, Circuit) else list(given) if isinstance(given, Sequence) else []
+    many = cast("Sequence[Any]", given) if isinstance(given, Sequence) else ()
+    listed: list[Any] = [given] if isinstance(given, Circuit) else list(many)
     if not listed or not all(isinstance(one, Circuit) for one in listed):
-        raise ArgumentError(f"circuits are some Circuit, or scores [writer, reader]; got {type(given).__name__}")
+        raise ArgumentError(
+            f"circuits are some Circuit, or scores [writer, reader]; got {type(cast('object', given)).__name__}"
+        )
     circuits = cast("list[Circuit]", listed)
     if sizes is not None:
         raise ArgumentError("sizes are for scores; circuits have their own")
@@ -290,7 +293,7 @@ def _by_size(found: Graph, scores: Tensor, sizes: Any, method: Literal["greedy",
     if sizes is None:
         steps: Any = torch.logspace(0, 1, 20, base=total).round()
         sizes = [int(step) for step in steps.tolist()]
-    listed = sorted(set(sizes))
+    listed: list[Any] = sorted(set(sizes))
     wrong = [size for size in listed if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= total]
     if wrong or not listed:
         raise ArgumentError(f"sizes are numbers of edges, 0 to {total}; got {wrong[0] if wrong else sizes!r}")

@@ -74,8 +74,8 @@ def read_circuit(path: str | os.PathLike[str]) -> Parts:
 
 def _parts(content: Mapping[str, Any]) -> Parts:
     fields: dict[str, Any] = {name: tuple(value) for name, value in content["graph"].items()}
-    nodes = {name: tuple(Node(**node) for node in fields[name]) for name in _NODES}
-    graph = Graph(**{**fields, **nodes})
+    fields |= {name: tuple(Node(**node) for node in fields[name]) for name in _NODES}
+    graph = Graph(**fields)
     scored = {str(label): score for label, score in content["edges"]}
     scores = torch.full(graph.mask.shape, torch.nan)
     for label, score in scored.items():

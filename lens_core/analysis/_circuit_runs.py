@@ -290,7 +290,7 @@ class ComponentEffects:
     def _repr_html_(self) -> str:
         mean: Any = self.effect.mean(1)
         picture = view.bars(self.components, mean.tolist(), title="The circuit without each component")
-        return picture._repr_html_()
+        return picture._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 @checks_arguments

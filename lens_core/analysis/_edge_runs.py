@@ -10,6 +10,7 @@ d_model` numbers, and the source as many again for one copy of the rows. Runs of
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -138,8 +139,8 @@ class EdgeRuns:
         last = self.prompt.model.cfg.n_layers - 1
         if self.clean is None:
             return 0
-        cut = [self.graph.readers[index].layer for index in live.any(0).nonzero().flatten().tolist()]
-        return min([last, *(last if layer is None else layer for layer in cut)])
+        layers = [node.layer for node, is_cut in zip(self.graph.readers, live.any(0), strict=True) if is_cut]
+        return min([last, *(last if layer is None else layer for layer in layers)])
 
 
 class _Run:
@@ -160,13 +161,13 @@ class _Run:
         for name, readers in groupby(range(len(graph.readers)), key=lambda index: graph.readers[index].hook):
             chosen = list(readers)
             if self.live[:, chosen].any():
-                hooks.append((name, lambda value, hook, at=chosen: self._read(value, at)))
+                hooks.append((name, partial(self._read, chosen)))
         return hooks
 
     def _keep(self, value: Tensor, hook: Any) -> None:
         self.values[hook.name] = value
 
-    def _read(self, value: Tensor, readers: list[int]) -> Tensor:
+    def _read(self, readers: list[int], value: Tensor, hook: Any) -> Tensor:
         """Change what some readers at one hook point read, `[rows, pos, d_model]` or with an axis of heads."""
         total: Tensor | None = None
         for index, branch in enumerate(self.runs.branches):
@@ -193,7 +194,7 @@ class _Run:
                 return runs.clean_difference(index)
             cache = ActivationCache(self.values, table=runs.prompt.model.table, model=runs.prompt.model)
             current = contributions(cache, branch.nodes)
-            current = current.unflatten(1, (len(self.cut), runs.prompt.shape[0]))
+            current = current.view(len(current), len(self.cut), runs.prompt.shape[0], *current.shape[2:])
             found = self.differences[index] = runs.difference(index, current)
         return found
 

@@ -70,12 +70,12 @@ def _indices(nodes: tuple[Node, ...], table: "HookTable", key: Any, role: str) -
     return found
 
 
-def _label(key: Any) -> str:
+def _label(key: object) -> str:
     """Give the label of a head; anything else is its own."""
     form: tuple[Any, ...] = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else ()
-    if 2 <= len(form) <= 3 and all(type(bit) is int for bit in form[:2]):
+    if 2 <= len(form) <= 3 and all(isinstance(bit, int) for bit in form[:2]):
         return f"L{form[0]}H{form[1]}" + (f".{form[2]}" if len(form) == 3 else "")
-    return str(key)
+    return str(cast("object", key))
 
 
 def _hook(table: "HookTable", key: Any) -> str | None:

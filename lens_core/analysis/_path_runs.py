@@ -1,6 +1,7 @@
 """Runs in which some readers read something else: what path patching does, many patches in one forward."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_core.analysis._runs import Prompt
+from lens_core.analysis._runs import Prompt, position_mask
 from lens_core.analysis.graph import Graph, Node, contributions
 from lens_core.cache import ActivationCache
 from lens_core.errors import ArgumentError
@@ -111,19 +112,19 @@ class PathRuns:
             hooks += self._embedded(cells)
         seen: dict[str, Tensor] = {}
         names = dict.fromkeys(node.hook for node in nodes)
-        hooks += [(name, lambda value, hook: _keep(seen, value, hook)) for name in names]
+        hooks += [(name, partial(_keep, seen)) for name in names]
         stream = self.cache[f"blocks.{start}.hook_resid_pre"].repeat(copies, 1, 1) if start else None
         stop = None if last >= model.cfg.n_layers - 1 else last + 1
         self.prompt.run(hooks, copies=copies, start=start or None, residual=stream, stop=stop)
         batch = self.prompt.shape[0]
-        return {name: seen[name].unflatten(0, (copies, batch)) - self.streams[name] for name in names}
+        return {name: seen[name].view(copies, batch, *seen[name].shape[1:]) - self.streams[name] for name in names}
 
     def _embedded(self, cells: Sequence[Cell]) -> list[Any]:
         hooks: list[Any] = []
         for index, node in enumerate(self.graph.writers):
             shift = self._shift(cells, [index]) if node.layer is None else None
             if shift is not None:
-                hooks.append((node.hook, lambda value, hook, by=shift: (value + by.flatten(0, 1)).to(value.dtype)))
+                hooks.append((node.hook, partial(_moved, shift)))
         return hooks
 
     def _held(self, cells: Sequence[Cell], layers: Sequence[int]) -> list[Any]:
@@ -153,7 +154,7 @@ class _Holding:
 
     def edited(self, value: Tensor, hook: Any) -> Tensor:
         """Give what the branch adds."""
-        own = value.unflatten(0, (len(self.held), -1))
+        own = value.view(len(self.held), -1, *value.shape[1:])
         new = self.plain.expand_as(own) if self.shift is None else (self.plain + self.shift).to(value.dtype)
         return torch.where(self.held.to(value.device).view(-1, 1, 1, 1), new, own).flatten(0, 1)
 
@@ -171,7 +172,7 @@ class _Reading:
     def edited(self, value: Tensor, hook: Any) -> Tensor:
         """Give what is read; logits hear the receivers before them too, and so start from what they read now."""
         nodes = [self.runs.graph.readers[index] for index in self.readers]
-        own = value.unflatten(0, (len(self.cells), -1))  # cell batch pos (head) d_model
+        own = value.view(len(self.cells), -1, *value.shape[1:])  # cell batch pos (head) d_model
         if nodes[0].kind == "logits":
             return (own + self.moved).to(value.dtype).flatten(0, 1)
         new = (self.runs.streams[nodes[0].hook] + self.moved).to(value.dtype)
@@ -188,6 +189,11 @@ class _Reading:
 
 def _rows(value: Float[Tensor, "cell batch pos d_model"], dtype: torch.dtype) -> Float[Tensor, "rows pos d_model"]:
     return value.to(dtype).flatten(0, 1)
+
+
+def _moved(shift: Float[Tensor, "cell batch pos d_model"], value: Tensor, hook: Any) -> Tensor:
+    """Add what the cells' senders send."""
+    return (value + shift.flatten(0, 1)).to(value.dtype)
 
 
 def _keep(seen: dict[str, Tensor], value: Tensor, hook: Any) -> None:
@@ -213,13 +219,11 @@ def path_runs(
         ArgumentError: Rows or positions of the two do not fit.
         CacheError: The cache lacks what the senders wrote.
     """
-    from lens_core.analysis._runs import position_mask
-
     prompt = Prompt.read(model, input, options)
     senders = sorted({index for cell in cells for index in cell.senders})
     readers = [graph.readers[index] for index in sorted({index for cell in cells for index in cell.receivers})]
     streams: dict[str, Tensor] = {}
-    hooks = [(name, lambda v, hook: _keep(streams, v, hook)) for name in dict.fromkeys(one.hook for one in readers)]
+    hooks: list[Any] = [(name, partial(_keep, streams)) for name in dict.fromkeys(one.hook for one in readers)]
     branches = dict.fromkeys(node.writes for node in graph.writers if node.writes is not None) if live_mlps else ()
     entries = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
     logits, cache = prompt.cached(list(dict.fromkeys((*graph.writer_names, *branches, *entries))), hooks)

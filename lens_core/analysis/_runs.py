@@ -81,7 +81,7 @@ class Prompt:
             stop: The block to stop before.
         """
         given = _repeated(self.given, copies) if residual is None else residual
-        options = {
+        options: dict[str, Any] = {
             "attention_mask": _repeated(self.inputs.whole_mask, copies),
             "position_ids": _repeated(self._position_ids(), copies),
             "start_at_layer": None if residual is None else start,

@@ -246,8 +246,9 @@ def _branch(model: "LensModel", layer: int, part: str, *, split: bool) -> tuple[
     if how is None or not count:
         return [Node(label=f"L{layer}.{kind}", role="writer", kind=kind, hook=writes, writes=writes, layer=layer)], []
     hook = f"blocks.{layer}.{how.hook}"
+    sign = "S" if kind == "mixer" and f"blocks.{layer}.hook_attn_out" in model.table else "H"  # else two have one name
     nodes = [
-        Node(label=f"L{layer}H{head}", role="writer", kind=kind, hook=hook, writes=writes, layer=layer, head=head)
+        Node(label=f"L{layer}{sign}{head}", role="writer", kind=kind, hook=hook, writes=writes, layer=layer, head=head)
         for head in range(count)
     ]
     bias = Node(label=f"L{layer}.{kind}.bias", role="constant", kind=kind, hook=writes, writes=writes, layer=layer)

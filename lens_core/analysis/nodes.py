@@ -31,8 +31,9 @@ class Node:
     """A writer to the residual stream, or a reader of it.
 
     Attributes:
-        label: `embed`, `L3H5` (a head), `L3.attn`, `L3.mlp`, `L3.mixer`, `logits`; a head's readers are `L3H5.q`,
-            `L3H5.k` and `L3H5.v`, of a group of heads that share keys and values `L3KV1.k`.
+        label: `embed`, `L3H5` (a head; `L3S5` of a mixer that attention stands beside), `L3.attn`, `L3.mlp`,
+            `L3.mixer`, `logits`; a head's readers are `L3H5.q`, `L3H5.k` and `L3H5.v`, of a group of heads that share
+            keys and values `L3KV1.k`.
         role: `"writer"`, `"reader"`, or `"constant"` for a bias that the heads of a layer share.
         kind: What part of the model it is.
         hook: The hook point that holds what a writer computes, or what a reader reads.

@@ -16,7 +16,6 @@ Source: Wang et al. 2022, "Interpretability in the Wild" (arXiv 2211.00593), app
 Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching" (arXiv 2304.05969).
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_core import view
 from lens_core._arguments import checks_arguments
-from lens_core._extras import need
 from lens_core.analysis._node_names import find_readers, find_writers
+from lens_core.analysis._path_result import PathPatching
 from lens_core.analysis._path_runs import Cell, PathRuns, path_runs
+from lens_core.analysis._runs import position_mask
 from lens_core.analysis.graph import Graph, graph
 from lens_core.errors import ArgumentError
 
@@ -44,96 +43,6 @@ __all__ = [
     "path_patch",
     "path_sweep",
 ]
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class PathPatching:
-    """What patching paths did to a metric.
-
-    Attributes:
-        values: The metric of each patched run; one position where all were patched together.
-        baseline: The metric of the run that is patched, with nothing patched.
-        senders: A label for each row of `values`; several labels joined by `+` were patched together.
-        positions: The position of each column, 0-based; None where all were patched together.
-        receivers: What heard the senders.
-    """
-
-    values: Float[Tensor, "sender position batch"] = attrs.field(repr=False)
-    baseline: Float[Tensor, " batch"] = attrs.field(repr=False)
-    senders: tuple[str, ...]
-    positions: tuple[int, ...] | None = None
-    receivers: tuple[str, ...]
-
-    @property
-    def effect(self) -> Float[Tensor, "sender position batch"]:
-        """How much each patch moved the metric, in its unit."""
-        return self.values - self.baseline
-
-    def top(self, k: int = 10) -> list[tuple[str, int | None, float]]:
-        """List the `k` largest effects, by size: sender, position, and the effect's mean over the rows."""
-        mean = self.effect.mean(-1)
-        order = mean.abs().flatten().argsort(descending=True)[:k].tolist()
-        columns = mean.shape[1]
-        return [
-            (
-                self.senders[index // columns],
-                None if self.positions is None else self.positions[index % columns],
-                float(mean.flatten()[index]),
-            )
-            for index in order
-        ]
-
-    def to_dataframe(self) -> Any:
-        """Give a pandas frame: one line for each sender, position and row of the batch.
-
-        Raises:
-            MissingPackageError: pandas is not installed.
-        """
-        pandas = need("pandas", "a data frame")
-        positions = self.positions or (None,)
-        lines = [
-            (sender, position, row, float(self.values[i, j, row]), float(self.effect[i, j, row]))
-            for i, sender in enumerate(self.senders)
-            for j, position in enumerate(positions)
-            for row in range(len(self.baseline))
-        ]
-        return pandas.DataFrame(lines, columns=["sender", "position", "row", "value", "effect"])
-
-    def heatmap(self, title: str | None = None, unit: str = "") -> view.Picture:
-        """Draw the mean effect: senders by positions, or the layers by their heads, MLPs and mixers.
-
-        Args:
-            title: Stands above the picture; None names the receivers.
-            unit: Of the metric, such as `logits`.
-        """
-        mean = self.effect.mean(-1)
-        shown = self.receivers if len(self.receivers) <= 4 else (*self.receivers[:3], "...")
-        title = title or f"Direct effect on {', '.join(shown)}"
-        if self.positions is not None:
-            return view.grid(self.senders, [str(p) for p in self.positions], mean.tolist(), title=title, unit=unit)
-        places = [_place(label) for label in self.senders]
-        rows = list(dict.fromkeys(row for row, _ in places))
-        columns = sorted({column for _, column in places}, key=_column_order)
-        cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
-        for (row, column), value in zip(places, mean[:, 0].tolist(), strict=True):
-            cells[rows.index(row)][columns.index(column)] = value
-        return view.grid(rows, columns, cells, title=title, unit=unit)
-
-    def _repr_html_(self) -> str:
-        return self.heatmap()._repr_html_()
-
-
-def _place(label: str) -> tuple[str, str]:
-    """Find a sender's row and column in the picture: its layer, and what it is there."""
-    matched = re.fullmatch(r"L(\d+)(?:H(\d+)|\.(\w+))", label)
-    if matched is None:
-        return label, ""
-    return f"layer {matched[1]}", f"head {matched[2]}" if matched[2] is not None else matched[3]
-
-
-def _column_order(column: str) -> tuple[int, str]:
-    number = column.removeprefix("head ")
-    return (int(number), "") if number.isdigit() else (-1 if not column else 10**6, column)
 
 
 @checks_arguments
@@ -276,7 +185,7 @@ def path_sweep(
         cells = [attrs.evolve(cell, position=position) for cell in cells for position in columns]
     values = _measured(runs, cells, metric, batch_size=batch_size)
     return PathPatching(
-        values=values.unflatten(0, (len(writers), -1)),
+        values=values.reshape(len(writers), -1, values.shape[-1]),
         baseline=runs.prompt.measured(metric, runs.logits)[0],
         senders=tuple(found.writers[index].label for index in writers),
         positions=columns,
@@ -289,11 +198,9 @@ def _graph(model: "LensModel", given: Graph | None) -> Graph:
 
 
 def _columns(runs: PathRuns, positions: Any) -> tuple[int, ...]:
-    from lens_core.analysis._runs import position_mask
-
     mask = position_mask(positions, runs.prompt)
     total = runs.prompt.shape[1]
-    return tuple(range(total)) if mask is None else tuple(mask[0].nonzero().flatten().tolist())
+    return tuple(at for at in range(total) if mask is None or bool(mask[0, at]))
 
 
 @torch.no_grad()
@@ -375,7 +282,7 @@ def get_act_patch_direct_path_all_sources(
     """
     heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads or 0)]
     values = _direct_paths(model, corrupted_tokens, clean_cache, patching_metric, heads, component, batch_size)
-    return values.unflatten(0, (model.cfg.n_layers, -1))
+    return values.reshape(model.cfg.n_layers, -1, *values.shape[1:])
 
 
 def _direct_paths(
@@ -413,4 +320,4 @@ def _direct_paths(
         measured = _measured(runs, cells, each, batch_size=batch_size).mean(1)
         for cell, value in zip(cells, measured, strict=True):
             values[senders.index(cell.senders[0]), cell.receivers[0]] = value
-    return values[:, readers].unflatten(1, (model.cfg.n_layers, -1))
+    return values[:, readers].reshape(len(senders), model.cfg.n_layers, -1)

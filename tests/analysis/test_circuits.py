@@ -7,6 +7,7 @@ from lens_conformance.float64 import true_float64
 
 import lens_core as lens
 from lens_core.analysis import circuits
+from lens_core.analysis.attribution import attribute_edges
 from lens_core.analysis.circuits import Circuit
 from lens_core.analysis.graph import graph
 from lens_core.errors import AnalysisFileError, ArgumentError
@@ -115,6 +116,8 @@ def test_all_edges_are_the_model_and_none_the_corrupted_run(name):
     """All: bit for bit. None: the corrupted input's logits, to rounding in float64. Both from labels, too."""
     model = of_kit(name) if name in KIT else subject(name).model
     found = graph(model)
+    labels = [node.label for node in (*found.writers, *found.constants)]
+    assert len(set(labels)) == len(labels)
     with true_float64(), torch.no_grad():
         full = circuits.run_circuit(model, TOKENS, OTHER, Circuit.full(found))
         assert torch.equal(full, model(TOKENS))
@@ -594,5 +597,8 @@ def test_scores_of_edges_find_the_induction_circuit(induction):
     assert curve.normalized[1] > 0.8
     assert curve.normalized[2:].min() > 0.95
     assert curve.smallest(0.8) is curve.circuits[1]
+    attributed = attribute_edges(model, rows, other, logit).scores
+    by_attribution = circuits.circuit_of_scores(curve.circuits[1].graph, attributed, 5)
+    assert [edge.label for edge in by_attribution.edges] == CORE
     needed = circuits.component_effects(model, rows, other, curve.circuits[1], logit)
     assert needed.effect.mean(1).max() < -1.5  # logits

@@ -36,7 +36,7 @@ class WeightView:
     """An einops pattern, such as `"(h e) d -> h e d"`, of what `columns` and `function` give."""
     sizes: Mapping[str, int] = attrs.field(factory=dict[str, int])
     function: Callable[[Tensor], Tensor] | None = None
-    """What is made of the parameter (`A = -exp(A_log)`): the weight is then a new tensor, not a view."""
+    """What is made of the parameter (`A = -exp(A_log)`): the weight is then a new tensor, unless it only slices."""
     layers: tuple[int, ...] | None = None
     """The blocks that have it; None for all."""
 
@@ -117,9 +117,8 @@ def _parameter(view: WeightView, module: Any, *, dequantize: bool) -> Tensor:
         )
     tensor: Any = getattr(module, view.part, None)
     if view.part == "bias":
-        tensor = (
-            tensor() if callable(tensor) and not isinstance(tensor, Tensor) else tensor
-        )  # torch's quantised modules
+        if callable(tensor) and not isinstance(tensor, Tensor):  # torch's quantised modules
+            tensor = tensor()
         tensor = _no_bias(module) if tensor is None else tensor
     tensor = _full(tensor, view, module, dequantize=dequantize)
     if tensor.is_meta:

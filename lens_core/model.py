@@ -1,6 +1,5 @@
 """`load` and `LensModel`: HF's own model, with hook points."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,7 +21,6 @@ from lens_core._plan import StopForward
 from lens_core._positions import read_positions
 from lens_core._state import extended, fills_cache, read_past
 from lens_core._state_file import load_state, save_state
-from lens_core._tokenizer import with_bos
 from lens_core._weight_methods import WeightMethods
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError, InputError
@@ -85,7 +83,6 @@ def load(
         2
     """
     read_process(process)
-    is_theirs = process == "transformerlens"
     options = {
         "device_map": device_map,
         "revision": revision,
@@ -93,22 +90,14 @@ def load(
         **from_pretrained,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if is_theirs and dtype is None and not isinstance(source, nn.Module):
+    if process == "transformerlens" and dtype is None and not isinstance(source, nn.Module):
         dtype = torch.float32
     loaded = load_hf(source, strict=strict, dtype=dtype, device=device, options=options)
     found = None
     if tokenizer is not False:
         found = _tokens.find_tokenizer(loaded.tokenizer_source, tokenizer, **tokenizer_options(options, tokenizer))
     model = LensModel(loaded, found)
-    if process is None:
-        return model
-    if isinstance(source, nn.Module):
-        model = copy.deepcopy(model)
-    process_loaded(model, process)
-    if is_theirs and found is not None:
-        model.tokenizer = with_bos(model.tokenizer)
-        model.default_prepend_bos = model.tokenizer.bos_token_id is not None
-    return model
+    return model if process is None else process_loaded(model, process, copy=isinstance(source, nn.Module))
 
 
 class LensModel(Pieces, WeightMethods):
@@ -144,8 +133,7 @@ class LensModel(Pieces, WeightMethods):
         own = self.declaration.cfg
         is_folded = "fold_ln" in applied_passes(self.bare_model)
         kind = f"{own.normalization_type}Pre" if is_folded else own.normalization_type
-        dtype, device = self.bare_model.dtype, self.input_device
-        return attrs.evolve(own, dtype=dtype, device=device, normalization_type=kind)
+        return attrs.evolve(own, dtype=self.bare_model.dtype, device=self.input_device, normalization_type=kind)
 
     @property
     def passes(self) -> tuple[PassRecord, ...]:

@@ -24,6 +24,7 @@ from lens_core import _pass_rules as rules
 from lens_core import _pass_steps as steps
 from lens_core._arguments import checks_arguments
 from lens_core._pass_log import ATTRIBUTE, Editor, PassLog, PassRecord, log_of, undo
+from lens_core._tokenizer import with_bos
 from lens_core.errors import ArgumentError, PassWarning, WeightError
 
 if TYPE_CHECKING:
@@ -338,6 +339,10 @@ def read_process(process: Any) -> tuple[tuple[WeightPass, bool | None], ...]:
     return tuple((one, True) for one in PASSES if one in found)
 
 
-def process_loaded(model: Any, process: Any) -> None:
-    """Apply what `lens.load(..., process=)` was given to a model that nobody else has; originals are not kept."""
-    _process(model, read_process(process), keep=False)
+def process_loaded(model: Any, process: Any, *, copy: bool) -> Any:
+    """Apply what `lens.load(..., process=)` was given, perhaps to a copy; originals are not kept."""
+    target = _process(model, read_process(process), copy=copy, keep=False)
+    if process == "transformerlens" and target.tokenizer is not None:
+        target.tokenizer = with_bos(target.tokenizer)
+        target.default_prepend_bos = target.tokenizer.bos_token_id is not None
+    return target

@@ -106,6 +106,8 @@ def check_metadata(model: "LensModel", place: HookPoint, about: Mapping[str, Any
 def _processing(model: "LensModel", place: HookPoint, kwargs: Mapping[str, Any]) -> str | None:
     done = _processed(model)
     for name in PROCESSING:
+        if name == "center_writing_weights" and not model.cfg.normalization_type.startswith("LN"):
+            continue  # TransformerLens leaves it out where norms keep the mean
         wanted = bool(kwargs.get(name, False))
         touched = place.part.replace("hook_", "") in TOUCHES[name]
         if touched and wanted != (name in done):

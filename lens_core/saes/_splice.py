@@ -78,7 +78,7 @@ class Capture:
         self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
     ) -> None:
         """Keep the value until the call is over."""
-        call.scratch[self] = value.clone() if is_foreign and not value.requires_grad else value
+        call.scratch[self] = value.clone() if is_foreign else value
 
     def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call, *, position: int | None = None) -> None:
         """Do nothing."""

@@ -1,6 +1,7 @@
 """SAEs inside the model: against golden forwards in float64 with the SAE written out by hand at the hook point."""
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ import lens_core as lens
 from lens_core.errors import ArgumentError, HookDidNotFireError, HookFunctionError, SaeError, UnknownHookError
 
 PLACES = {
-    "gpt2": ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z", "hook_embed"),
+    "gpt2": ("blocks.1.hook_resid_post", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", "hook_embed"),
     "llama": ("blocks.1.hook_resid_pre", "blocks.1.mlp.hook_post", "blocks.1.attn.hook_z", "blocks.1.attn.hook_k"),
     "mamba": ("blocks.1.hook_resid_post", "blocks.1.mixer.hook_gated", "blocks.1.mixer.hook_conv"),
     "mamba2": ("blocks.1.hook_resid_post", "blocks.1.mixer.hook_y", "blocks.1.hook_mixer_out"),
@@ -497,6 +498,24 @@ def test_any_module_with_encode_and_decode(subjects):
         _, cache = model.run_with_cache(TOKENS)
     x = cache[f"{name}.hook_sae_input"]
     assert torch.equal(cache[name], theirs.decode(theirs.encode(x)).bfloat16())
+
+
+def test_modules_that_keep_their_metadata_as_saelens_does(subjects):
+    """The hook name below `cfg.metadata`, where what is missing is None; heads flattened here and not there."""
+    model, theirs = subjects["gpt2"].model, Plain(21).double()
+    metadata = SimpleNamespace(hook_name="blocks.1.attn.hook_z", hook_name_out=None, prepend_bos=True)
+    theirs.cfg = SimpleNamespace(d_in=21, d_sae=8, metadata=metadata)
+    theirs.hook_z_reshaping_mode = False
+    with model.saes(theirs):
+        _, cache = model.run_with_cache(TOKENS, names_filter="*hook_sae_*")
+    assert cache["sae_acts_post", 1].shape == (2, 6, 8)
+    theirs.hook_z_reshaping_mode = True
+    with pytest.raises(SaeError, match="turn_off_forward_pass_hook_z_reshaping"), model.saes(theirs):
+        pass
+    theirs.cfg.d_in = 768
+    theirs.hook_z_reshaping_mode = False
+    with pytest.raises(SaeError, match="d_in=768, and 'blocks.1.attn.hook_z' is 21 wide"), model.saes(theirs):
+        pass
 
 
 def test_what_does_not_fit_is_refused_by_name(subjects):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import safetensors.torch
 import torch
-from analysis.lens_subjects import FAMILIES, SPECIAL, TOKENS, loaded
+from analysis.lens_subjects import FAMILIES, TOKENS, loaded
 from golden.tiny import random_tokens, tiny_gpt2, tiny_tokenizer
 from lens_conformance.float64 import true_float64
 from torch.distributions import Categorical, kl_divergence
@@ -74,13 +74,13 @@ def test_held_out_divergence_drops_in_every_layer(toy):
     assert frame.tuned_lens_kl.tolist() == tuned.kl.tolist()
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, *SPECIAL])
+@pytest.mark.parametrize("kind", [*FAMILIES, "gemma2", "granite"])
 def test_it_runs_on_every_family_and_changes_nothing_of_it(kind):
     """In float64: closer to the model after some steps; parameters and their gradients stay."""
     model = loaded(kind)
     before = copy.deepcopy(model.hf_model.state_dict())
     with true_float64():
-        tuned = fit_tuned_lens(model, DATA[:16], held_out=DATA[:16], epochs=4, lr=1e-2)
+        tuned = fit_tuned_lens(model, DATA[:16], held_out=DATA[:16], epochs=2, lr=2e-2)
     assert tuned.weights.dtype == torch.float64
     assert (tuned.kl < 0.9 * tuned.logit_lens_kl).all()
     assert all(torch.equal(value, before[name]) for name, value in model.hf_model.state_dict().items())

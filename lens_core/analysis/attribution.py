@@ -74,7 +74,7 @@ def attribute_nodes(
         metric: From the logits `[batch, pos, d_vocab]` to one number for each row `[batch]`, differentiable. One number
             for all rows works too; values of a row are then its share.
         names: Any hook points, as in `run_with_cache`; None for what writes to the residual stream, heads by
-            `attn.hook_z`.
+            `attn.hook_z`, a mixer with heads by `mixer.hook_gated`.
         axes: Axes to keep besides the batch, in the words of `lens_core.shapes`; None for positions, heads, neurons and
             channels (and queries and keys). Over the others the products are summed.
         method: `"gradient"`, or integrated gradients, see the module.
@@ -238,7 +238,8 @@ class _Way:
         reference = clean if corrupted is None else corrupted
         if self.baseline == "corrupted":
             return reference
-        return reference.to(torch.promote_types(reference.dtype, torch.float32)).mean(list(axes), keepdim=True)
+        wide = reference.to(torch.promote_types(reference.dtype, torch.float32))
+        return wide.mean(list(axes), keepdim=True).expand(clean.shape)
 
     def between(
         self, names: Sequence[str], clean: Mapping[str, Tensor], corrupted: Mapping[str, Tensor] | None, share: float

@@ -149,7 +149,8 @@ def metrics_of(metric: Metric | Mapping[str, Metric]) -> dict[str, Metric]:
     Raises:
         ArgumentError: Nothing that can be called.
     """
-    metrics = dict(metric) if isinstance(metric, Mapping) else {"metric": metric}
+    several: Any = metric if isinstance(metric, Mapping) else {"metric": metric}
+    metrics: dict[str, Metric] = dict(several)
     wrong = next((name for name, one in metrics.items() if not callable(one)), None)
     if wrong is not None or not metrics:
         raise ArgumentError(f"a metric is a function of the logits, or several by name; got {metric!r}")
@@ -221,7 +222,8 @@ def _labels(model: "LensModel", axis: Axis, tokens: Tensor | None) -> tuple[str,
     if axis.word not in (*LOCAL, "key") or by_row or tokens is None or to_text is None:
         return tuple(map(str, axis.numbers))
     words: list[str] = to_text(tokens[0])
-    same = (tokens == tokens[:1]).all(0).tolist()
+    equal: Any = (tokens == tokens[:1]).all(0)
+    same: list[bool] = equal.tolist()
     return tuple(words[at] if same[at] else str(at) for at in axis.numbers)
 
 
@@ -243,4 +245,5 @@ def _identity(
 
 
 def _plain(choice: Any) -> Any:
-    return choice.tolist() if isinstance(choice, Tensor) else choice
+    listed: Any = choice
+    return listed.tolist() if isinstance(choice, Tensor) else listed

@@ -199,8 +199,8 @@ class _Sweep:
         at_once = max(LOGITS // (batch * streams.shape[2] * model.cfg.d_vocab), 1)
         for first in range(0, len(cells), at_once):
             some = streams[first : first + at_once]
-            logits = head(model, some.flatten(0, 1)).unflatten(0, (len(some), batch))
-            self.measure(cells[first : first + at_once], logits)
+            logits: Any = head(model, some.flatten(0, 1))
+            self.measure(cells[first : first + at_once], logits.unflatten(0, (len(some), batch)))
 
     def measure(self, cells: Sequence[Cell], logits: Float[Tensor, "cell batch n d_vocab"]) -> None:
         """Hand each cell's logits to the metrics."""

@@ -125,7 +125,7 @@ class Grid:
         found: set[int] = set()
         for cell in cells:
             word = next((word for word in LOCAL if word in cell.point.shape.split()), "")
-            chosen = self._chosen(cell.index, word)
+            chosen: Any = self._chosen(cell.index, word)
             if chosen is None:
                 return None
             found.update(chosen.flatten().tolist())
@@ -269,7 +269,7 @@ def read_axes(
         if word == "layer":
             choices: tuple[Any, ...] = tuple(point.layer for point in points)
         else:
-            listed = read(word)
+            listed: Any = read(word)
             choices = tuple(listed.tolist()) if listed.ndim == 1 else tuple(listed.unbind(1))
         found.append(Axis(name=name, word=word, choices=choices))
     if len(points) > 1 and "layer" not in taken:
@@ -299,7 +299,7 @@ def _word(name: str, point: HookPoint) -> str:
 
 
 def _user_name(word: str) -> str:
-    return next((name for name, words in reversed(WORDS.items()) if word in words), word)
+    return next((name for name, words in reversed(list(WORDS.items())) if word in words), word)
 
 
 def _numbers(what: str, given: Any, size: int) -> list[int]:
@@ -326,7 +326,8 @@ def row_positions(given: Any, *, batch: int, n_pos: int) -> Int[Tensor, "batch n
         ArgumentError: A position that does not exist, or another number of rows.
     """
     if isinstance(given, list | tuple) and any(isinstance(row, list | tuple) for row in cast("list[Any]", given)):
-        rows = [list(row) if isinstance(row, list | tuple) else [row] for row in cast("list[Any]", given)]
+        listed = cast("list[Any]", given)
+        rows: list[list[Any]] = [[*row] if isinstance(row, list | tuple) else [row] for row in listed]
         if len({len(row) for row in rows}) > 1:
             raise ArgumentError(f"each row has as many positions as the others; got {[len(row) for row in rows]}")
         given = torch.tensor(rows)

@@ -14,9 +14,9 @@ kernels without such masks. What cannot be told from outside is tried: `agrees` 
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -121,14 +121,15 @@ class _Prefix(DynamicLayer):
     """A layer's keys and values of the corrupted run; what is added is handed back behind them, and not kept."""
 
     def __init__(self, layer: Any, stop: int, rows: Tensor) -> None:
-        super().__init__()
+        cast("Any", super()).__init__()
         self.keys, self.values, self.rows = layer.keys[:, :, :stop], layer.values[:, :, :stop], rows
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give the corrupted keys and values, and these behind them."""
         rows = self.rows.to(key_states.device)
-        before = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        own: Any = self
+        before: tuple[Tensor, Tensor] = own.keys.index_select(0, rows), own.values.index_select(0, rows)
         return torch.cat([before[0], key_states], dim=-2), torch.cat([before[1], value_states], dim=-2)
 
 
@@ -151,14 +152,10 @@ def run_packed(baseline: Baseline, grid: Cells, cells: Sequence[Cell]) -> Float[
         until = model.cfg.n_layers if is_last else depth_of(model, groups[number + 1][0].point)
         stream = _run_blocks(baseline, grid, packs, stream, depth, until)
     assert stream is not None
-    return torch.cat(
-        [
-            _at_metric(baseline, pack, rows.unflatten(0, (baseline.batch, -1)))
-            for pack, rows in zip(
-                packs, stream.split([baseline.batch * len(pack.owner) for pack in packs]), strict=True
-            )
-        ]
-    )
+    whole: Any = stream
+    parts = whole.split([baseline.batch * len(pack.owner) for pack in packs])
+    by_batch = [rows.unflatten(0, (baseline.batch, -1)) for rows in parts]
+    return torch.cat([_at_metric(baseline, pack, rows) for pack, rows in zip(packs, by_batch, strict=True)])
 
 
 def _run_blocks(
@@ -204,7 +201,7 @@ def _patcher(grid: Cells, pack: _Pack, batch: int, stop: int) -> Callable[..., T
     """Make the hook function that patches each cell in its own stretch of the last rows."""
 
     def patch(values: Tensor, hook: Any) -> Tensor:
-        own = values[-batch * len(pack.owner) :].unflatten(0, (batch, -1))
+        own: Any = values[-batch * len(pack.owner) :].unflatten(0, (batch, -1))
         for cell, (row, column) in zip(pack.cells, pack.spots, strict=True):
             grid.write(cell, own[:, row, column : column + stop - cell.start], cell.start)
         return values
@@ -250,7 +247,9 @@ def _at_metric(
 
 
 @contextmanager
-def _trimmed(model: "LensModel", run: "Run", point: HookPoint, keep: Tensor, *, is_last: bool) -> Iterator[None]:
+def _trimmed(
+    model: "LensModel", run: "Run", point: HookPoint, keep: Tensor, *, is_last: bool
+) -> Generator[None, None, None]:
     """Let the last block's MLP map the slots in `keep` only: nobody reads the others.
 
     A MLP maps each position by itself. Nothing is trimmed where a point inside of it is patched.
@@ -263,7 +262,7 @@ def _trimmed(model: "LensModel", run: "Run", point: HookPoint, keep: Tensor, *, 
         return
     module = run.module(seam.path)
 
-    def few(original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def few(original: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
         flat = hidden.flatten(0, 1)
         output = original(flat[keep][None], *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape[:2] != (1, len(keep)):

@@ -194,7 +194,7 @@ class PatchingResult:
         effect = self.effect.mean(-1)
         flat = effect.flatten()
         strength = {"absolute": flat.abs(), "highest": flat, "lowest": -flat}[by].nan_to_num(nan=-torch.inf)
-        order = strength.argsort(descending=True, stable=True)[:k]
+        order: Any = strength.argsort(descending=True, stable=True)[:k]
         found: list[dict[str, Any]] = []
         for number in order.tolist():
             if strength[number] == -torch.inf:
@@ -232,11 +232,11 @@ class PatchingResult:
             rows = [f"{before} {axis} {name}".strip() for before in rows for name in names]
         if len(self.axes) < 2:
             rows = [self.name]
-        return view.grid(rows, list(labels[-1]), effect.reshape(len(rows), -1).tolist(), title=title)
+        return view.grid(rows, list(labels[-1]), effect.reshape(len(rows), -1), title=title)
 
     def _repr_html_(self) -> str:
         """Show the heat map in a notebook."""
-        return self.picture._repr_html_()
+        return self.picture._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def _random(function: Any, seed: int, numpy: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ Source: Vig et al. 2020 (arXiv 2004.12265); Meng et al. 2022 (arXiv 2202.05262),
 2309.16042).
 """
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,14 +72,9 @@ __all__ = [
 ]
 
 Reduce = Literal["mean", "none"]
-AXIS_NAMES: Mapping[str, str] = {
-    "layer": "layer",
-    "pos": "position",
-    "head": "head",
-    "head_index": "head",
-    "dest_pos": "destination",
-    "src_pos": "source",
-}
+_THEIRS = ("layer", "pos", "head", "head_index", "dest_pos", "src_pos")
+_OURS = ("layer", "position", "head", "head", "destination", "source")
+AXIS_NAMES: Mapping[str, str] = dict(zip(_THEIRS, _OURS, strict=True))
 """TransformerLens' names of index columns, and the axes of a sweep."""
 
 
@@ -143,7 +137,7 @@ def generic_activation_patch(
         raise ArgumentError("give index_axis_names, for every combination, or index_df, for the lines of it")
     if index_axis_names is not None:
         unknown = [name for name in index_axis_names if name not in AXIS_NAMES]
-        if unknown or index_axis_names[:1] != type(index_axis_names)(["layer"]):
+        if unknown or list(index_axis_names[:1]) != ["layer"]:
             raise ArgumentError(
                 f"index_axis_names are 'layer' and then some of {', '.join(list(AXIS_NAMES)[1:])}; got "
                 f"{list(index_axis_names)!r}"
@@ -255,7 +249,6 @@ def _sweep_of(
         "    return_index_df: Give `(result, index_df)`.\n"
         "    **options: As for `generic_activation_patch`: `reduce`, `positions`, `exact`, `batch_size`, ...\n"
     )
-    sweep.__signature__ = inspect.signature(sweep)  # type: ignore[attr-defined]
     return checks_arguments(sweep)
 
 
@@ -390,11 +383,8 @@ def get_act_patch_block_every(
         metric: From logits to a number, or to one for each row.
         **options: As for `generic_activation_patch`; with `reduce="none"` a dictionary of results by part.
     """
-    parts = {
-        "resid_pre": get_act_patch_resid_pre,
-        "attn_out": get_act_patch_attn_out,
-        "mlp_out": get_act_patch_mlp_out,
-    }
+    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
+    parts = dict(zip(("resid_pre", "attn_out", "mlp_out"), sweeps, strict=True))
     return _stacked(
         {part: sweep(model, corrupted_tokens, clean_cache, metric, **options) for part, sweep in parts.items()}
     )

@@ -120,7 +120,8 @@ def sweep_states(
 ) -> StatePatching:
     """Patch the state of one layer after one position, for every layer and position, and measure each time.
 
-    It costs one forward pass for each cell, and one more.
+    It costs one forward pass for each cell, and one more. `lens.patching.patch_sweep(..., "ssm_state")` does the same
+    for several cells at once, by head too, and with statistics; this one goes on from a state (`past_key_values`).
 
     Args:
         model: The model.

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from analysis.patching_subject import CLEAN, CORRUPTED, N_POS, assert_close, difference, one_by_one, subject
+from analysis.patching_subject import assert_close, difference, one_by_one, subject
+from golden.tiny import random_tokens
 
 import lens_core as lens
 from lens_core.analysis import patching
 from lens_core.errors import ArgumentError
 
-ALL, POSITIONS, LAYERS = slice(None), range(N_POS), range(3)
+N_LAYERS, N_POS = 2, 4
+ALL, POSITIONS, LAYERS = slice(None), range(N_POS), range(N_LAYERS)
+CORRUPTED, CLEAN = random_tokens(2, N_POS), random_tokens(2, N_POS, seed=7)
+DEPTH = {"gpt2": {"n_layer": N_LAYERS}, "llama": {"num_hidden_layers": N_LAYERS}}
 N_HEADS = {"gpt2": 3, "llama": 4}
 N_KV_HEADS = {"gpt2": 3, "llama": 2}
 
@@ -21,7 +25,7 @@ def mean_difference(logits):
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def given(request):
     """Give a model, its clean cache and its counts of heads."""
-    model = subject(request.param)
+    model = subject(request.param, **DEPTH[request.param])
     names = ["resid_pre", "resid_mid", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern"]
     _, clean = model.run_with_cache(CLEAN, names_filter=names)
     return model, clean, N_HEADS[request.param], N_KV_HEADS[request.param]
@@ -50,7 +54,7 @@ def test_heads_and_their_bundle_at_all_positions(given):
     """`[layer, head]`, key-value heads for k and v; the bundle is NaN where there is no such head."""
     model, clean, n_heads, n_kv_heads = given
     every = patching.get_act_patch_attn_head_all_pos_every(model, CORRUPTED, clean, mean_difference)
-    assert every.shape == (5, 3, n_heads)
+    assert every.shape == (5, N_LAYERS, n_heads)
     for number, (part, name) in enumerate([("out", "z"), ("q", "q"), ("k", "k"), ("v", "v"), ("pattern", "pattern")]):
         heads = n_kv_heads if part in "kv" else n_heads
         sweep = getattr(patching, f"get_act_patch_attn_head_{part}_all_pos")
@@ -65,7 +69,7 @@ def test_heads_and_their_bundle_by_position(given):
     """`[layer, pos, head]`; in the bundle the attention's position is the one that attends."""
     model, clean, n_heads, n_kv_heads = given
     every = patching.get_act_patch_attn_head_by_pos_every(model, CORRUPTED, clean, mean_difference, positions=-1)
-    assert every.shape == (5, 3, N_POS, n_heads)
+    assert every.shape == (5, N_LAYERS, N_POS, n_heads)
     assert every[2:4, ..., n_kv_heads:].isnan().all()
     assert not every[2:4, ..., :n_kv_heads].isnan().any()
     found = patching.get_act_patch_attn_head_v_by_pos(model, CORRUPTED, clean, mean_difference)
@@ -90,7 +94,7 @@ def test_block_every(given):
 
 def test_one_weight_of_the_attention():
     """`[layer, head, dest, src]`, a short text."""
-    model = subject("gpt2")
+    model = subject("gpt2", **DEPTH["gpt2"])
     clean_ids, corrupted = CLEAN[:, :3], CORRUPTED[:, :3]
     _, clean = model.run_with_cache(clean_ids, names_filter="pattern")
     sweep = patching.get_act_patch_attn_head_pattern_dest_src_pos
@@ -107,7 +111,7 @@ def test_rows_are_averaged_unless_they_are_asked_for(given):
     mean = patching.get_act_patch_resid_pre(model, CORRUPTED, clean, difference)
     result = patching.get_act_patch_resid_pre(model, CORRUPTED, clean, difference, reduce="none")
     assert torch.equal(mean, result.mean)
-    assert result.values.shape == (3, N_POS, 2)
+    assert result.values.shape == (N_LAYERS, N_POS, 2)
     every = patching.get_act_patch_block_every(model, CORRUPTED, clean, difference, reduce="none")
     assert list(every) == ["resid_pre", "attn_out", "mlp_out"]
     with pytest.raises(ArgumentError, match="'mean' or 'none'; got 'sum'"):
@@ -139,22 +143,22 @@ def test_a_setter_of_ones_own(given):
             with torch.no_grad():
                 logits = model.run_with_hooks(CORRUPTED, fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", patch)])
             cells.append(mean_difference(logits))
-    assert_close(found, torch.stack(cells).reshape(3, N_POS))
+    assert_close(found, torch.stack(cells).reshape(N_LAYERS, N_POS))
     assert seen[:2] == [[0, 0], [0, 1]]
 
 
 def test_indices_from_a_data_frame(given):
     """One axis, in the frame's order; the frame comes back if wanted."""
     model, clean, _, _ = given
-    frame = patching.make_df_from_ranges([3, N_POS], ["layer", "pos"])
+    frame = patching.make_df_from_ranges([N_LAYERS, N_POS], ["layer", "pos"])
     assert frame.iloc[N_POS].tolist() == [1, 0]
     whole = patching.get_act_patch_resid_pre(model, CORRUPTED, clean, mean_difference)
-    some = frame.iloc[[7, 2, 16]]
+    some = frame.iloc[[7, 2, 5]]
     found, back = patching.get_act_patch_resid_pre(
         model, CORRUPTED, clean, mean_difference, index_df=some, return_index_df=True
     )
     assert back is some
-    assert_close(found, whole.flatten()[[7, 2, 16]])
+    assert_close(found, whole.flatten()[[7, 2, 5]])
     again, made = patching.get_act_patch_resid_pre(model, CORRUPTED, clean, mean_difference, return_index_df=True)
     assert torch.equal(again, whole)
     assert made.equals(frame)

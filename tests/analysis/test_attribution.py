@@ -12,7 +12,7 @@ from lens_core.analysis.graph import contributions, graph
 from lens_core.errors import ArgumentError
 
 STEP = 1e-5
-TYPES = ("gpt2", "llama-biases", "gemma3_text", "stablelm-parallel", "mamba", "mamba2", "falcon_h1")
+TYPES = ("gpt2", "llama-biases", "gemma3_text", "mamba", "mamba2")
 
 
 def metric(logits):
@@ -105,7 +105,7 @@ def test_nodes_are_slopes_along_the_difference(model):
 
 def test_edges_are_slopes_at_what_the_reader_reads(model):
     """What the writer adds is moved at the reader's own copy of the stream only: two runs for each edge."""
-    own = graph(model, heads=model.cfg.model_type != "stablelm")
+    own = graph(model, heads=model.cfg.model_type != "gpt2")
     found = attribute_edges(model, CLEAN, CORRUPTED, metric, graph=own)
     delta = change_of(model, own)
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:8].tolist()

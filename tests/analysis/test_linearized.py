@@ -13,7 +13,7 @@ from lens_core.analysis.gradients import linearized
 from lens_core.analysis.graph import graph
 from lens_core.errors import ArgumentError, UnsupportedHookError
 
-TYPES = ("gpt2", "gemma3_text", "stablelm-parallel", "mamba", "mamba2", "falcon_h1")
+TYPES = ("gpt2", "gemma3_text", "stablelm-parallel", "mamba2", "falcon_h1")
 PARTS = ("pattern", "norm_scale", "gate", "ssm_transition", "activation")
 
 

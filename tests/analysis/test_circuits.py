@@ -98,11 +98,13 @@ def resampled(one, tokens=OTHER):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_any_set_of_edges_is_cut_as_by_hand(name):
-    """Half of the edges, one edge alone, and a mask of numbers: heads, groups, parallel blocks, post-norms, mixers."""
+    """Half of the edges, a third of them in part, and one alone: heads, groups, parallel blocks, post-norms, mixers."""
     one = subject(name)
     found, source = graph(one.model), resampled(one)
-    for mask in (random_mask(found), random_mask(found, 1).double() * 0.7 + 0.1):
-        close(one(circuits.run_circuit, TOKENS, OTHER, mask), by_hand(one, mask, source))
+    mask = random_mask(found).double() - 0.4 * random_mask(found, 1, 0.3)
+    close(one(circuits.run_circuit, TOKENS, OTHER, mask), by_hand(one, mask, source))
+    if name not in ("gpt2", "llama", "mamba2"):
+        return
     single = found.mask
     middle = found.reach.index(max(found.reach[:-1]))
     single[found.reach[middle] - 1, middle] = False
@@ -245,7 +247,7 @@ def test_gradients_reach_a_mask(name):
 # ---------------------------------------------------------------------- one edge, one component at a time
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba", "mamba2"])
+@pytest.mark.parametrize("name", ["llama", "mamba", "mamba2"])
 def test_effects_of_single_edges_are_single_runs(name):
     """Whatever the number of rows in a forward, and though the blocks below a reader are not run anew."""
     one = subject(name)
@@ -253,7 +255,7 @@ def test_effects_of_single_edges_are_single_runs(name):
     effects = one(circuits.edge_effects, TOKENS, OTHER, metric, batch_size=14)
     assert effects.values.isnan().equal(~found.mask.expand_as(effects.values))
     close(effects.baseline, metric(one.golden()[0]))
-    for edge in found.edges[:: max(1, len(found) // 5)]:
+    for edge in found.edges[:: max(1, len(found) // 3)]:
         kept = found.mask
         row, column = found.writers.index(edge.source), found.readers.index(edge.target)
         kept[row, column] = False

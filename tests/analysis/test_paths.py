@@ -184,25 +184,24 @@ def test_behind_a_post_norm_a_head_is_taken_at_its_runs_own_scale():
     close(found.values[0, 0], metric(logits))
 
 
-@pytest.mark.parametrize("live_mlps", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba", "mamba2"])
+@pytest.mark.parametrize(("name", "live_mlps"), [("gpt2", True), ("llama", False), ("mamba", True), ("mamba2", False)])
 def test_a_sweep_is_each_sender_by_itself(name, live_mlps):
     """Batched in rows of any number, by position or not."""
     one = subject(name)
     last = graph(one.model).readers[-2].label
     sweep = one(paths.path_sweep, TOKENS, OTHER, last, metric, batch_size=5, live_mlps=live_mlps)
     assert sweep.senders == tuple(node.label for node in graph(one.model).before(last))
-    for label, value in list(zip(sweep.senders, sweep.values, strict=True))[::3]:
+    for label, value in list(zip(sweep.senders, sweep.values, strict=True))[::4]:
         each = one(paths.path_patch, TOKENS, OTHER, label, last, metric, live_mlps=live_mlps)
         close(value, each.values[0])
     some = sweep.senders[:2]
     options = {"by_position": True, "live_mlps": live_mlps, "senders": some}
     by_position = one(paths.path_sweep, TOKENS, OTHER, last, metric, positions=[1, -1], **options)
     assert by_position.positions == (1, 4)
-    for row, label in enumerate(some):
-        for column, at in enumerate((1, 4)):
-            each = one(paths.path_patch, TOKENS, OTHER, label, last, metric, positions=at, live_mlps=live_mlps)
-            close(by_position.values[row, column], each.values[0, 0])
+    for row, column in ((0, 1), (1, 0)):
+        options = {"positions": (1, 4)[column], "live_mlps": live_mlps}
+        each = one(paths.path_patch, TOKENS, OTHER, some[row], last, metric, **options)
+        close(by_position.values[row, column], each.values[0, 0])
 
 
 def test_a_cache_may_stand_for_the_other_input():

@@ -84,8 +84,8 @@ def patch_sweep(
     patched one on are run (`engine="packed"`), which is another way to the same numbers: within 1e-5 of their scale in
     float32. `exact=True` runs whole rows by HF's own kernels: the same bits as one forward for each cell where the
     shapes are the same too (`batch_size=1`, `positions=None`), and in practice mostly else. Models with recurrent
-    states, and attention that looks back less far than the text, always run whole rows. A user's hooks that are live
-    are run in every cell, one cell at a time; those below the patched block see the corrupted run only.
+    states, and attention that looks back less far than the text, always run whole rows. While hooks of
+    the user's are live, every cell is a whole run by itself, which they see.
 
     Raises:
         UnknownHookError: No such hook point.

@@ -84,8 +84,8 @@ def run_sweep(model: "LensModel", corrupted: Tensor, grid: Cells, request: Reque
             for chunk in _chunks(baseline, left, request.batch_size if not hooked else 1, engine):
                 if engine == "packed":
                     sweep.take(chunk, run_packed(baseline, grid, chunk))
-                elif hooked or depth_of(model, chunk[0].point) == model.cfg.n_layers:  # hooks see what a run shows them
-                    sweep.measure(chunk, run_rows(baseline, grid, chunk, to_logits=True))
+                elif hooked or depth_of(model, chunk[0].point) == model.cfg.n_layers:
+                    sweep.measure(chunk, run_rows(baseline, grid, chunk, to_logits=True, is_whole=hooked))
                 else:
                     sweep.take(chunk, run_rows(baseline, grid, chunk))
                 progress.advance(task, len(chunk))

@@ -200,8 +200,8 @@ def _run_blocks(
 def _patcher(grid: Cells, pack: _Pack, batch: int, stop: int) -> Callable[..., Tensor]:
     """Make the hook function that patches each cell in its own stretch of the last rows."""
 
-    def patch(values: Tensor, hook: Any) -> Tensor:
-        own: Any = values[-batch * len(pack.owner) :].unflatten(0, (batch, -1))
+    def patch(values: Any, hook: Any) -> Tensor:
+        own = values[-batch * len(pack.owner) :].unflatten(0, (batch, -1))
         for cell, (row, column) in zip(pack.cells, pack.spots, strict=True):
             grid.write(cell, own[:, row, column : column + stop - cell.start], cell.start)
         return values
@@ -264,7 +264,7 @@ def _trimmed(
 
     def few(original: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
         flat = hidden.flatten(0, 1)
-        output = original(flat[keep][None], *args, **kwargs)
+        output: Any = original(flat[keep][None], *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape[:2] != (1, len(keep)):
             return original(hidden, *args, **kwargs)
         whole = output.new_zeros((len(flat), *output.shape[2:])).index_copy_(0, keep, output[0])

@@ -126,9 +126,12 @@ def head(model: "LensModel", streams: Float[Tensor, "rows n d_model"]) -> Float[
 
 
 def run_rows(
-    baseline: Baseline, grid: Cells, cells: Sequence[Cell], *, to_logits: bool = False
+    baseline: Baseline, grid: Cells, cells: Sequence[Cell], *, to_logits: bool = False, is_whole: bool = False
 ) -> Float[Tensor, "cell batch n d"]:
-    """Run cells of one point, each as rows of its own, and give the final stream (or the logits) at the metric's."""
+    """Run cells of one point, each as rows of its own, and give the final stream (or the logits) at the metric's.
+
+    `is_whole` runs every block, so that hooks of the user's see what a run by itself would show them.
+    """
     model, point, count = baseline.model, cells[0].point, len(cells)
     depth, n_layers = depth_of(model, point), model.cfg.n_layers
     inputs = baseline.inputs
@@ -136,7 +139,7 @@ def run_rows(
     def repeated(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.repeat_interleave(count, dim=0)
 
-    if depth < 0:  # the embeddings are patched
+    if depth < 0 or is_whole:  # from the embeddings on
         given = repeated(inputs.tokens if inputs.tokens is not None else inputs.embeddings)
         start = None
     else:

@@ -1,7 +1,7 @@
 """The general sweep: what is asked for becomes a grid of cells, and what comes back a result for each metric."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 from torch import Tensor
@@ -149,7 +149,7 @@ def metrics_of(metric: Metric | Mapping[str, Metric]) -> dict[str, Metric]:
     Raises:
         ArgumentError: Nothing that can be called.
     """
-    several: Any = metric if isinstance(metric, Mapping) else {"metric": metric}
+    several = cast("Mapping[str, Metric]", metric) if isinstance(metric, Mapping) else {"metric": metric}
     metrics: dict[str, Metric] = dict(several)
     wrong = next((name for name, one in metrics.items() if not callable(one)), None)
     if wrong is not None or not metrics:

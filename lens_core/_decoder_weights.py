@@ -81,7 +81,10 @@ def _lens_config(decoder: Decoder, config: Any) -> LensConfig:
         "d_model": config.hidden_size,
         "n_heads": heads,
         "d_head": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "n_key_value_heads": getattr(config, "num_key_value_heads", None),
+        # Where one projection gives each head's query, key and value, heads share none, whatever else a config holds.
+        "n_key_value_heads": None
+        if decoder.attn.layout == "per_head"
+        else getattr(config, "num_key_value_heads", None),
         "d_mlp": _first(config, _D_MLP),
         "d_vocab": config.vocab_size,
         "n_ctx": _reach(config) if has_rotary else config.max_position_embeddings if decoder.pos_embed else None,

@@ -149,8 +149,7 @@ def metrics_of(metric: Metric | Mapping[str, Metric]) -> dict[str, Metric]:
     Raises:
         ArgumentError: Nothing that can be called.
     """
-    several = cast("Mapping[str, Metric]", metric) if isinstance(metric, Mapping) else {"metric": metric}
-    metrics: dict[str, Metric] = dict(several)
+    metrics = dict(cast("Mapping[str, Metric]", metric)) if isinstance(metric, Mapping) else {"metric": metric}
     wrong = next((name for name, one in metrics.items() if not callable(one)), None)
     if wrong is not None or not metrics:
         raise ArgumentError(f"a metric is a function of the logits, or several by name; got {metric!r}")

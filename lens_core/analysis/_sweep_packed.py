@@ -267,7 +267,7 @@ def _trimmed(
         output: Any = original(flat[keep][None], *args, **kwargs)
         if not isinstance(output, Tensor) or output.shape[:2] != (1, len(keep)):
             return original(hidden, *args, **kwargs)
-        whole = output.new_zeros((len(flat), *output.shape[2:])).index_copy_(0, keep, output[0])
+        whole: Tensor = output.new_zeros((len(flat), *output.shape[2:])).index_copy_(0, keep, output[0])
         return whole.view(*hidden.shape[:2], *output.shape[2:])
 
     slot = function_slot(vars(module), "forward", original=module.forward)

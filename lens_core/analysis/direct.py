@@ -90,7 +90,7 @@ class DirectLogitAttribution:
             lowest: Whether to give those that take away most, first.
 
         Returns:
-            By source, labels say from where: `L1H3 from 5`.
+            Labels and values; labels of sources say from where, as `L1H3 from 5` does.
         """
         labels, values = self._flat()
         index = listed(values.argsort(descending=not lowest, stable=True)[:k])

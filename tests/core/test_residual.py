@@ -605,7 +605,8 @@ class StubModel:
 
     def __init__(self, declaration, weights):
         self.declaration, self.cfg = declaration, declaration.cfg
-        self.hf_model, self._weights = Stub(), weights
+        self.hf_model = self.bare_model = Stub()
+        self._weights = weights
 
     def weight(self, name, layer=None):
         """Give a weight."""

@@ -307,7 +307,6 @@ def test_agreement_by_hand():
         ({"metric": 3}, "the metric is a function"),
         ({"return_type": "loss"}, "leave out return_type"),
     ],
-    ids=str,
 )
 def test_what_does_not_go_together_is_refused(gpt2, change, message):
     """By both functions, with what to do; the model works afterwards."""

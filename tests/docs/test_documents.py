@@ -50,7 +50,9 @@ def test_the_example_of_the_readme_has_twelve_lines_and_prints_what_it_says():
     assert float(re.search(r"-?\d+\.\d+", effect)[0]) > 1.0  # the head is an induction head
 
 
-@pytest.mark.parametrize("script", ["architecture_table.py", "hook_tables.py", "kit_tables.py", "migrating_table.py"])
+@pytest.mark.parametrize(
+    "script", ["architecture_table.py", "hook_tables.py", "kit_tables.py", "migrating_table.py", "technique_table.py"]
+)
 def test_a_generated_table_is_fresh(script):
     """Whoever changes a plugin runs the script again."""
     command = [sys.executable, ROOT / "scripts" / script, "--check"]

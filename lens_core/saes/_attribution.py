@@ -111,7 +111,7 @@ def feature_attribution(
         ...     model, sae, "the cat sat on the", lambda logits: logits[0, -1, mat], hook_name="blocks.1.hook_resid_pre"
         ... )
         >>> found.features.shape
-        torch.Size([1, 5, 64])
+        torch.Size([1, 6, 64])
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"steps is a positive number; got {steps!r}")

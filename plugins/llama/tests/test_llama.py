@@ -145,7 +145,7 @@ def test_parts_need_the_post_norm(monkeypatch):
 
     model, _ = loaded("gemma2")
     cache = run(model)
-    monkeypatch.setattr(_components, "_onward", lambda parts, layer, norm: _components._Onward(factor=1.0))
+    monkeypatch.setattr(_components, "onward_of", lambda parts, layer, writer: _components.Onward(factor=1.0))
     error = (cache.get_full_resid_decomposition().sum(0) - cache["resid_post", -1]).abs().max()
     assert error > 1e-2
 

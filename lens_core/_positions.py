@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lens_core.errors import ArgumentError
 
-__all__ = ["Positions", "leaves_gaps", "local_positions", "outside_positions", "read_positions"]
+__all__ = ["Positions", "check_ends", "leaves_gaps", "local_positions", "outside_positions", "read_positions"]
 
 Positions: TypeAlias = int | slice | Sequence[int] | None
 
@@ -87,3 +87,42 @@ def local_positions(positions: Positions, *, first: int, total: int) -> list[int
         absolute = positions
     wrapped = {position + total if position < 0 else position for position in absolute}
     return sorted(position - first for position in wrapped if first <= position < total)
+
+
+def check_ends(given: Any, mask: Tensor | None, what: str = "positions") -> None:
+    """Refuse positions counted from the end of rows that end in padding: they would name padding.
+
+    Args:
+        given: An int, a slice, or ints, nested or in a tensor.
+        mask: 1 for real tokens `[batch, pos]`; None where nothing is padding.
+        what: The argument's name.
+
+    Raises:
+        ArgumentError: A negative one, and a row that ends in padding.
+
+    Example:
+        >>> check_ends(-1, torch.tensor([[1, 1], [1, 0]]))
+        Traceback (most recent call last):
+        lens_core.errors.ArgumentError: row 1 ends in padding, and positions=-1 counts from its end: ...
+    """
+    if mask is None or not mask.numel() or not any(at < 0 for at in _numbers(given)):
+        return
+    ends: Any = mask[:, -1] == 0
+    if bool(ends.any()):
+        shown: Any = cast("Any", given).tolist() if isinstance(given, Tensor) else given
+        raise ArgumentError(
+            f"row {int(ends.nonzero()[0])} ends in padding, and {what}={shown} counts from its end: pad on the left "
+            "(padding_side='left'), or count from the start"
+        )
+
+
+def _numbers(given: Any) -> list[int]:
+    """List the ints in what names positions."""
+    if isinstance(given, slice):
+        return [at for at in (cast("Any", given).start, cast("Any", given).stop) if _is_index(at)]
+    if isinstance(given, Tensor):
+        tensor: Any = given
+        return [] if given.dtype == torch.bool else tensor.flatten().tolist()
+    if isinstance(given, list | tuple):
+        return [at for one in cast("Sequence[Any]", given) for at in _numbers(one)]
+    return [operator.index(given)] if _is_index(given) else []

@@ -41,6 +41,12 @@ class Pair:
         given = sorted(self.options.keys() & _OTHER_RESULTS)
         if given:
             raise ArgumentError(f"attribution hands the logits to the metric; leave out {', '.join(given)}")
+        if self.model.bare_model.training:
+            raise ArgumentError(
+                "the model is in training mode, where dropout makes no two runs alike; call model.eval()"
+            )
+        if torch.is_inference_mode_enabled():
+            raise ArgumentError("inside torch.inference_mode() nothing has a gradient: call this outside of it")
         if not callable(self.metric):
             got = f"{type(self.metric).__name__}: {self.metric!r}"
             raise ArgumentError(f"the metric is a function from logits [batch, pos, d_vocab] to [batch]; got {got}")

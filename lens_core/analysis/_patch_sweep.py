@@ -8,11 +8,13 @@ from torch import Tensor
 
 from lens_core._arguments import checks_arguments
 from lens_core._inputs import read_input
+from lens_core._positions import check_ends
 from lens_core._state import facts
 from lens_core.analysis._sweep import Metric, Outcome, Request, run_sweep
 from lens_core.analysis._sweep_file import digest
 from lens_core.analysis._sweep_grid import LOCAL, Axis, Grid, clean_values, read_axes, read_points
 from lens_core.analysis._sweep_result import PatchingResult
+from lens_core.analysis._sweep_run import check_cache
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import HookPoint
 
@@ -89,9 +91,10 @@ def patch_sweep(
 
     Raises:
         UnknownHookError: No such hook point.
-        ArgumentError: No such axis, layer, position or head; a metric that gives something else; a model in training
-            mode.
-        CacheError: The clean cache does not hold what is patched, or is of another shape.
+        ArgumentError: No such axis, layer, position or head; positions counted from the end of a row that ends in
+            padding; a metric that gives something else; a model in training mode.
+        CacheError: The clean cache does not hold what is patched, is of another shape, of a model of another type, or
+            of weights that went through other passes.
         AnalysisFileError: The file at `resume` is of another sweep, or is damaged.
 
     Example:
@@ -106,7 +109,9 @@ def patch_sweep(
     """
     inputs = read_corrupted(model, corrupted, kwargs)
     batch, n_pos = inputs.shape
+    check_ends(patch_positions, inputs.options["attention_mask"], "patch_positions")
     points = read_points(model.table, name, layers)
+    check_cache(model, clean_cache)
     clean = clean_values(clean_cache, points, batch=batch)
     local = next((word for word in LOCAL if word in points[0].shape.split()), "pos")
     head = next((word for word in ("n_heads", "n_kv_heads", "ssm_heads") if word in points[0].shape.split()), "head")

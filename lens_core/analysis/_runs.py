@@ -42,6 +42,8 @@ class Prompt:
         unknown = sorted(options.keys() - set(_READING))
         if unknown:
             raise ArgumentError(f"inputs that are run again and again take {', '.join(_READING)}; got {unknown[0]!r}")
+        if model.bare_model.training:
+            raise ArgumentError("the model is in training mode, where dropout draws; call model.eval() first")
         return cls(model=model, inputs=read_input(model, input, **options))
 
     @property

@@ -15,8 +15,10 @@ from torch import Tensor
 from lens_core._context import active_run
 from lens_core._hf_cache import new_cache
 from lens_core._inputs import Inputs, read_input
+from lens_core._pass_log import applied_passes
+from lens_core._positions import check_ends
 from lens_core.analysis._sweep_grid import Cell, Cells, row_positions
-from lens_core.errors import ArgumentError
+from lens_core.errors import ArgumentError, CacheError
 from lens_core.hook_points import HookPoint
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 BY_POSITION = ".hook_ssm_state"
 """The point whose functions are called once for each position."""
 
-__all__ = ["Baseline", "depth_of", "head", "is_hooked", "picked", "prepare", "run_rows"]
+__all__ = ["Baseline", "check_cache", "depth_of", "head", "is_hooked", "picked", "prepare", "run_rows"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -77,6 +79,30 @@ def is_hooked(model: "LensModel") -> bool:
     return bool(model.added_hooks) or active_run(model.bare_model) is not None
 
 
+def check_cache(model: "LensModel", cache: Mapping[str, Tensor]) -> None:
+    """Refuse the cache of a model that this one has nothing in common with, or of other weights of this one.
+
+    Another model of the same type is welcome: patching from a finetune into its base is a question of its own.
+
+    Raises:
+        CacheError: See above; says which.
+    """
+    other = getattr(cache, "model", None)
+    if other is None:
+        return
+    if type(other.bare_model) is not type(model.bare_model):
+        raise CacheError(
+            f"the clean cache is of a {type(other.bare_model).__name__}, and this model is a "
+            f"{type(model.bare_model).__name__}: run the clean prompt on a model of the same type"
+        )
+    own, theirs = applied_passes(model.bare_model), getattr(cache, "passes", ())
+    if own != theirs:
+        raise CacheError(
+            f"the clean cache is of weights after {', '.join(theirs) or 'no pass'}, and the model's are after "
+            f"{', '.join(own) or 'no pass'}: run the clean prompt again"
+        )
+
+
 def prepare(
     model: "LensModel", corrupted: Any, points: Sequence[HookPoint], positions: Any, *, keeps_cache: bool, **kwargs: Any
 ) -> Baseline:
@@ -87,6 +113,7 @@ def prepare(
     given = inputs.tokens if inputs.tokens is not None else inputs.embeddings
     assert given is not None
     batch, n_pos = given.shape[:2]
+    check_ends(positions, inputs.whole_mask)
     at = None if positions is None else row_positions(positions, batch=batch, n_pos=n_pos).expand(batch, -1)
     depths = sorted({depth for point in points if (depth := depth_of(model, point)) >= 0})
     n_layers = model.cfg.n_layers

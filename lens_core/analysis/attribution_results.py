@@ -99,8 +99,8 @@ class NodeAttribution:
 
     @property
     def scores(self) -> Mapping[str, Float[Tensor, "..."]]:
-        """Give the means over the batch, by hook name."""
-        return {name: values.mean(0) for name, values in self.values.items()}
+        """Give the means over the batch, by hook name; of a metric of all rows, the sums of the rows' shares."""
+        return {name: _over_rows(values, self.clean) for name, values in self.values.items()}
 
     @checks_arguments
     def summed(self, *axes: str) -> "NodeAttribution":
@@ -147,7 +147,7 @@ class NodeAttribution:
             3
         """
         labels = [label for _, label, _ in self._cells()]
-        return _top(labels, torch.cat([value.mean(0).flatten() for value in self.values.values()]), k, signed=signed)
+        return _top(labels, torch.cat([value.flatten() for value in self.scores.values()]), k, signed=signed)
 
     def to_dataframe(self) -> Any:
         """Give one row for each place: label, hook, layer, its index along each axis, mean value, standard error.
@@ -156,7 +156,7 @@ class NodeAttribution:
         """
         pandas = need("pandas", "a data frame")
         rows = [{"label": label, "hook": name, "layer": self.layers[name], **at} for name, label, at in self._cells()]
-        return pandas.DataFrame(rows).assign(**_statistics([v.flatten(1) for v in self.values.values()]))
+        return pandas.DataFrame(rows).assign(**_statistics([v.flatten(1) for v in self.values.values()], self.clean))
 
     @checks_arguments
     def heatmap(self, part: str, *, title: str | None = None) -> Picture:
@@ -165,7 +165,7 @@ class NodeAttribution:
         Raises:
             ArgumentError: No such kind, or more than one axis besides the layers: sum over the others first.
         """
-        stack = self.stacked(part).mean(1)
+        stack = torch.stack([_over_rows(values, self.clean) for values in self.stacked(part)])
         names = [name for name in self.values if name.endswith(f".{part}")]
         axes = self.axes[names[0]]
         if len(axes) != 1:
@@ -217,8 +217,8 @@ class EdgeAttribution:
 
     @property
     def scores(self) -> Float[Tensor, "writer reader"]:
-        """Give the means over the batch."""
-        return self.values.mean(0)
+        """Give the means over the batch; of a metric that gives one number for all rows, the sums of their shares."""
+        return _over_rows(self.values, self.clean)
 
     @property
     def node_values(self) -> Float[Tensor, "batch writer"]:
@@ -234,18 +234,19 @@ class EdgeAttribution:
     @checks_arguments
     def top_edges(self, k: int = 10, *, signed: bool = False) -> list[tuple[str, float]]:
         """Give the k edges with the largest mean value, of either sign unless `signed`, as label and value."""
-        return _top([edge.label for edge in self.graph.edges], self._flat().mean(0), k, signed=signed)
+        return _top([edge.label for edge in self.graph.edges], _over_rows(self._flat(), self.clean), k, signed=signed)
 
     @checks_arguments
     def top_nodes(self, k: int = 10, *, signed: bool = False) -> list[tuple[str, float]]:
         """Give the k writers with the largest mean of `node_values`, likewise."""
-        return _top([node.label for node in self.graph.writers], self.node_values.mean(0), k, signed=signed)
+        values = _over_rows(self.node_values, self.clean)
+        return _top([node.label for node in self.graph.writers], values, k, signed=signed)
 
     def to_dataframe(self) -> Any:
         """Give one row for each edge: label, source, target, mean value and its standard error; needs pandas."""
         pandas = need("pandas", "a data frame")
         rows = [{"edge": e.label, "source": e.source.label, "target": e.target.label} for e in self.graph.edges]
-        return pandas.DataFrame(rows).assign(**_statistics([self._flat()]))
+        return pandas.DataFrame(rows).assign(**_statistics([self._flat()], self.clean))
 
     @checks_arguments
     def heatmap(self, *, title: str | None = None) -> Picture:
@@ -272,6 +273,11 @@ class EdgeAttribution:
 
     def _repr_html_(self) -> str:
         return _bars(self.top_edges(20), "Attribution: the 20 largest edges")
+
+
+def _over_rows(values: Float[Tensor, "batch ..."], measured: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Take the mean; where the metric is one number for all rows, each row's values are its share: take their sum."""
+    return values.sum(0) if measured.ndim == 0 else values.mean(0)
 
 
 def _bars(top: Sequence[tuple[str, float]], title: str) -> str:
@@ -303,9 +309,10 @@ def _top(labels: Sequence[str], values: Tensor, k: int, *, signed: bool) -> list
     return [(labels[int(index)], float(values[index])) for index in order]
 
 
-def _statistics(flat: Sequence[Tensor]) -> dict[str, Any]:
-    """Give mean and standard error over examples for every cell."""
+def _statistics(flat: Sequence[Tensor], measured: Tensor) -> dict[str, Any]:
+    """Give mean and standard error over examples for every cell; of a metric of all rows the sum, without an error."""
     values = torch.cat([value.detach().cpu() for value in flat], 1).double()
     count = len(values)
-    errors = values.std(0) / count**0.5 if count > 1 else torch.full(values.shape[1:], torch.nan)
-    return {"value": values.mean(0).numpy(), "stderr": errors.numpy()}
+    is_one_each = count > 1 and measured.ndim > 0
+    errors = values.std(0) / count**0.5 if is_one_each else torch.full(values.shape[1:], torch.nan)
+    return {"value": _over_rows(values, measured).numpy(), "stderr": errors.numpy()}

@@ -24,7 +24,9 @@ from lens_core import view
 from lens_core._arguments import checks_arguments
 from lens_core._decomposition import declaration_of, model_of, read_values, sliced
 from lens_core._extras import need
+from lens_core._inputs import read_input
 from lens_core._logit_attrs import logit_bias, logits_of, token_pair
+from lens_core._positions import check_ends
 from lens_core.analysis._direct_units import check_unit, read_parts, unit_names
 from lens_core.analysis._listed import listed
 from lens_core.analysis.logit_lens import decoder
@@ -221,6 +223,7 @@ def direct_logit_attribution(
     with torch.no_grad():
         filled: Any = cache
         if cache is None:
+            check_ends(pos, read_input(model, input, **kwargs).whole_mask, "pos")
             _, filled = model.run_with_cache(input, names_filter=unit_names(model, unit), return_type=None, **kwargs)
         return _attribute(_batched(filled), answer_tokens, incorrect_tokens, unit, pos)
 

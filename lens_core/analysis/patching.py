@@ -35,6 +35,8 @@ from lens_core.analysis._patch_sweep import metrics_of, patch_sweep, read_corrup
 from lens_core.analysis._sweep import Request, run_sweep
 from lens_core.analysis._sweep_grid import SetterGrid, clean_values, read_points
 from lens_core.analysis._sweep_result import PatchingResult
+from lens_core.analysis._sweep_run import check_cache
+from lens_core.analysis.paths import get_act_patch_direct_path, get_act_patch_direct_path_all_sources
 from lens_core.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ __all__ = [
     "get_act_patch_attn_head_v_by_pos",
     "get_act_patch_attn_out",
     "get_act_patch_block_every",
+    "get_act_patch_direct_path",
+    "get_act_patch_direct_path_all_sources",
     "get_act_patch_mlp_out",
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
@@ -177,6 +181,7 @@ def _by_setter(
     points = read_points(model.table, name, None)
     if points[0].layer is None:
         raise ArgumentError(f"{name!r} is outside of the blocks, and an index begins with the layer; use patch_sweep")
+    check_cache(model, clean_cache)
     clean = clean_values(clean_cache, points, batch=inputs.shape[0])
     if axis_names is None:
         rows = [[int(number) for number in row] for row in index_df.to_numpy().tolist()]

@@ -1,12 +1,13 @@
 """An SAE's own values over texts: a model that runs as it is, with the SAE beside."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 from torch import Tensor
 
+from lens_core.errors import ArgumentError
 from lens_core.saes._splice import SplicePart
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ class Beside:
 @contextmanager
 def beside(model: "LensModel", sae: Any, hook_name: Any, *, strict: bool) -> Generator[Beside, None, None]:
     """Make the SAE's values hook points of a model that stays bit for bit what it is."""
+    if isinstance(sae, Mapping):
+        named: Any = cast("Any", sae)
+        if len(named) != 1 or hook_name is not None:
+            raise ArgumentError(
+                f"one SAE, as itself or as {{hook point: SAE}}; got {len(named)} and hook_name={hook_name!r}"
+            )
+        ((hook_name, sae),) = named.items()
     with model.saes(sae if hook_name is None else {hook_name: sae}, use_error_term=True, strict=strict):
         seams = [point.seam for point in model.hook_points()]
         name = next(seam.splice.place.name for seam in seams if isinstance(seam, SplicePart) and seam.splice.sae is sae)

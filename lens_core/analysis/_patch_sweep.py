@@ -12,9 +12,9 @@ from lens_core._positions import check_ends
 from lens_core._state import facts
 from lens_core.analysis._sweep import Metric, Outcome, Request, run_sweep
 from lens_core.analysis._sweep_file import digest
-from lens_core.analysis._sweep_grid import LOCAL, Axis, Grid, clean_values, read_axes, read_points
+from lens_core.analysis._sweep_grid import LOCAL, Axis, Grid, read_axes, read_points
 from lens_core.analysis._sweep_result import PatchingResult
-from lens_core.analysis._sweep_run import check_cache
+from lens_core.analysis._sweep_run import clean_values
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import HookPoint
 
@@ -111,8 +111,7 @@ def patch_sweep(
     batch, n_pos = inputs.shape
     check_ends(patch_positions, inputs.options["attention_mask"], "patch_positions")
     points = read_points(model.table, name, layers)
-    check_cache(model, clean_cache)
-    clean = clean_values(clean_cache, points, batch=batch)
+    clean = clean_values(model, clean_cache, points, batch=batch)
     local = next((word for word in LOCAL if word in points[0].shape.split()), "pos")
     head = next((word for word in ("n_heads", "n_kv_heads", "ssm_heads") if word in points[0].shape.split()), "head")
     chosen = {local: patch_positions, head: heads, "neuron": neurons, "source": sources}

@@ -13,7 +13,7 @@ from lens_core._positions import local_positions, outside_positions, read_positi
 from lens_core.errors import ArgumentError, CacheError
 from lens_core.hook_points import HookPoint, HookTable
 
-__all__ = ["Axis", "Cell", "Cells", "Grid", "SetterGrid", "clean_values", "read_axes", "read_points", "row_positions"]
+__all__ = ["Axis", "Cell", "Cells", "Grid", "SetterGrid", "read_axes", "read_points", "row_positions"]
 
 WORDS: Mapping[str, tuple[str, ...]] = {
     "position": ("pos", "query"),
@@ -206,27 +206,6 @@ def read_points(table: HookTable, name: Any, layers: Any) -> tuple[HookPoint, ..
         there = [point.layer for point in points]
         raise ArgumentError(f"{points[0].part!r} does not exist in layers {missing}; it is in {there}")
     return tuple(by_layer[layer] for layer in wanted)
-
-
-def clean_values(cache: Mapping[str, Tensor], points: Sequence[HookPoint], *, batch: int) -> dict[str, Tensor]:
-    """Take the values of the other run, with a row for each row of the run that is patched.
-
-    Raises:
-        CacheError: A point that is not cached, or another number of rows.
-    """
-    found: dict[str, Tensor] = {}
-    has_batch = getattr(cache, "has_batch_dim", True)
-    for point in points:
-        if point.name not in cache:
-            raise CacheError(f"the clean cache does not hold {point.name!r}; run it with that name in names_filter")
-        value = cache[point.name].detach()
-        value = value if has_batch else value[None]
-        if value.shape[0] not in (1, batch):
-            raise CacheError(
-                f"the clean cache has {value.shape[0]} rows at {point.name!r}, and the corrupted input has {batch}"
-            )
-        found[point.name] = value.expand(batch, *value.shape[1:])
-    return found
 
 
 def read_axes(

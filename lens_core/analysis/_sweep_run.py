@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BY_POSITION = ".hook_ssm_state"
 """The point whose functions are called once for each position."""
 
-__all__ = ["Baseline", "check_cache", "depth_of", "head", "is_hooked", "picked", "prepare", "run_rows"]
+__all__ = ["Baseline", "clean_values", "depth_of", "head", "is_hooked", "picked", "prepare", "run_rows"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -79,7 +79,31 @@ def is_hooked(model: "LensModel") -> bool:
     return bool(model.added_hooks) or active_run(model.bare_model) is not None
 
 
-def check_cache(model: "LensModel", cache: Mapping[str, Tensor]) -> None:
+def clean_values(
+    model: "LensModel", cache: Mapping[str, Tensor], points: Sequence[HookPoint], *, batch: int
+) -> dict[str, Tensor]:
+    """Take the values of the other run, with a row for each row of the run that is patched.
+
+    Raises:
+        CacheError: A point that is not cached, another number of rows, or a cache of something else.
+    """
+    _check_cache(model, cache)
+    found: dict[str, Tensor] = {}
+    has_batch = getattr(cache, "has_batch_dim", True)
+    for point in points:
+        if point.name not in cache:
+            raise CacheError(f"the clean cache does not hold {point.name!r}; run it with that name in names_filter")
+        value = cache[point.name].detach()
+        value = value if has_batch else value[None]
+        if value.shape[0] not in (1, batch):
+            raise CacheError(
+                f"the clean cache has {value.shape[0]} rows at {point.name!r}, and the corrupted input has {batch}"
+            )
+        found[point.name] = value.expand(batch, *value.shape[1:])
+    return found
+
+
+def _check_cache(model: "LensModel", cache: Mapping[str, Tensor]) -> None:
     """Refuse the cache of a model that this one has nothing in common with, or of other weights of this one.
 
     Another model of the same type is welcome: patching from a finetune into its base is a question of its own.

@@ -76,7 +76,7 @@ def agreement(attributed: Float[Tensor, "..."], exact: Float[Tensor, "..."]) -> 
     )
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class NodeAttribution:
     """What places at some hook points did for a metric, to first order.
 
@@ -185,6 +185,10 @@ class NodeAttribution:
         pairs = [(value.flatten(), exact[name].flatten()) for name, value in self.values.items()]
         return agreement(*(torch.cat(side) for side in zip(*pairs, strict=True)))
 
+    def __repr__(self) -> str:
+        """Show the largest."""
+        return f"NodeAttribution({_shown(self.top_nodes(3))}, of {sum(v[0].numel() for v in self.values.values())})"
+
     def _repr_html_(self) -> str:
         return _bars(self.top_nodes(20), "Attribution: the 20 largest")
 
@@ -196,7 +200,7 @@ class NodeAttribution:
                 yield name, _label(name, self.layers[name], at), at
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class EdgeAttribution:
     """What each edge of a model's graph did for a metric, to first order.
 
@@ -271,8 +275,17 @@ class EdgeAttribution:
         mask = self.graph.mask.to(self.values.device)
         return self.values.mT[:, mask.T]
 
+    def __repr__(self) -> str:
+        """Show the largest."""
+        return f"EdgeAttribution({_shown(self.top_edges(3))}, of {len(self.graph.edges)} edges)"
+
     def _repr_html_(self) -> str:
         return _bars(self.top_edges(20), "Attribution: the 20 largest edges")
+
+
+def _shown(top: Sequence[tuple[str, float]]) -> str:
+    """Write labels and values in a line."""
+    return ", ".join(f"{label} {value:+.3g}" for label, value in top)
 
 
 def _over_rows(values: Float[Tensor, "batch ..."], measured: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -41,7 +41,7 @@ __all__ = ["DirectLogitAttribution", "direct_logit_attribution"]
 _SHOWN = 40  # entries of a picture
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class DirectLogitAttribution:
     """What each part added to a logit, or to a difference of two, in logits; at least float32.
 
@@ -154,6 +154,11 @@ class DirectLogitAttribution:
         if self.tokens is not None and (row is not None or len(self.tokens) == 1):
             texts = [self.decode(token) for token in listed(self.tokens[row or 0])]
         return view.grid(labels, texts, listed(values[order]), title=title, unit="logits")
+
+    def __repr__(self) -> str:
+        """Show the largest."""
+        largest = ", ".join(f"{label} {value:+.3g}" for label, value in self.top(3))
+        return f"DirectLogitAttribution(by {self.unit}, in logits: {largest}, of {len(self.labels)} entries)"
 
     def _repr_html_(self) -> str:
         return self.picture()._repr_html_()  # pyright: ignore[reportPrivateUsage]

@@ -9,8 +9,7 @@ Cells are not run one by one. What a patch cannot change is taken from the corru
 positions before it, and the logits that the metric does not look at; see `patch_sweep`.
 
 Source: Vig et al. 2020 (arXiv 2004.12265); Meng et al. 2022 (arXiv 2202.05262), "causal tracing"; Wang et al. 2022
-(arXiv 2211.00593). How to read results: Heimersheim and Nanda 2024 (arXiv 2404.15255), Zhang and Nanda 2023 (arXiv
-2309.16042).
+(arXiv 2211.00593). To read results: Heimersheim and Nanda 2024 (2404.15255), Zhang and Nanda 2023 (2309.16042).
 """
 
 import itertools
@@ -33,10 +32,9 @@ from lens_core.analysis._patch_setters import (
 )
 from lens_core.analysis._patch_sweep import metrics_of, patch_sweep, read_corrupted, results_of
 from lens_core.analysis._sweep import Request, run_sweep
-from lens_core.analysis._sweep_grid import SetterGrid, clean_values, read_points
+from lens_core.analysis._sweep_grid import SetterGrid, read_points
 from lens_core.analysis._sweep_result import PatchingResult
-from lens_core.analysis._sweep_run import check_cache
-from lens_core.analysis.paths import get_act_patch_direct_path, get_act_patch_direct_path_all_sources
+from lens_core.analysis._sweep_run import clean_values
 from lens_core.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -60,8 +58,6 @@ __all__ = [
     "get_act_patch_attn_head_v_by_pos",
     "get_act_patch_attn_out",
     "get_act_patch_block_every",
-    "get_act_patch_direct_path",
-    "get_act_patch_direct_path_all_sources",
     "get_act_patch_mlp_out",
     "get_act_patch_resid_mid",
     "get_act_patch_resid_pre",
@@ -181,8 +177,7 @@ def _by_setter(
     points = read_points(model.table, name, None)
     if points[0].layer is None:
         raise ArgumentError(f"{name!r} is outside of the blocks, and an index begins with the layer; use patch_sweep")
-    check_cache(model, clean_cache)
-    clean = clean_values(clean_cache, points, batch=inputs.shape[0])
+    clean = clean_values(model, clean_cache, points, batch=inputs.shape[0])
     if axis_names is None:
         rows = [[int(number) for number in row] for row in index_df.to_numpy().tolist()]
         shape, names, indices = [len(rows)], ["index"], [tuple(range(len(rows)))]

@@ -115,3 +115,15 @@ def test_the_tools_of_saes_take_one_by_its_hook_point(model):
     assert named == lens.saes.reconstruction_quality(model, sae, [LONG], hook_name=name)
     with pytest.raises(ArgumentError, match="one SAE.*got 2 and"):
         lens.saes.reconstruction_quality(model, {name: sae, "blocks.1.hook_resid_post": sae}, [LONG])
+
+
+def test_results_show_their_largest_entries(model, metric):
+    """In a terminal too."""
+    edges = attribution.attribute_edges(model, LONG, CORRUPTED[0], metric)
+    (label, value), *_ = edges.top_edges(1)
+    assert repr(edges).startswith(f"EdgeAttribution({label} {value:+.3g}, ")
+    assert repr(edges).endswith(f", of {len(edges.graph.edges)} edges)")
+    nodes = attribution.attribute_nodes(model, LONG, CORRUPTED[0], metric, names="z")
+    assert repr(nodes).startswith(f"NodeAttribution({nodes.top_nodes(1)[0][0]} ")
+    parts = direct_logit_attribution(model, LONG, "moon", "door")
+    assert repr(parts).startswith(f"DirectLogitAttribution(by component, in logits: {parts.top(1)[0][0]} ")

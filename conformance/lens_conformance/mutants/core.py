@@ -210,7 +210,7 @@ def the_model_stops_a_block_late(patch: Patch, family: Family) -> None:
 
 @mutant("weights are read with their first axis backwards", killers=("weights",))
 def weights_are_read_backwards(patch: Patch, family: Family) -> None:
-    around(patch, _pieces, "read_weight", lambda read, *args: read(*args).flip(0))
+    around(patch, _pieces, "read_weight", lambda read, *args, **options: read(*args, **options).flip(0))
 
 
 @mutant("backward functions are given twice the gradient", killers=("gradients",))

@@ -236,20 +236,37 @@ def _sweep_of(
         call = (model, corrupted_tokens, clean_cache, patching_metric, setter, name)
         return generic_activation_patch(*call, names, index_df, return_index_df, **options)
 
-    shape = ", ".join(index_axis_names)
+    sweep.__doc__ = _document(function, f"Patch {what}", index_axis_names, _INDEX_ARGS)
     sweep.__name__ = sweep.__qualname__ = function
-    sweep.__doc__ = (
-        f"Patch {what}; gives `[{shape}]`.\n\n"
-        "Args:\n"
-        "    model: The model.\n"
-        "    corrupted_tokens: What is run and patched, `[batch, pos]` or text.\n"
-        "    clean_cache: Activations of the clean run.\n"
-        "    patching_metric: From logits to a number, or to one for each row (then the mean over rows is given).\n"
-        "    index_df: A DataFrame of indices, in place of every combination; then `[index]`.\n"
-        "    return_index_df: Give `(result, index_df)`.\n"
-        "    **options: As for `generic_activation_patch`: `reduce`, `positions`, `exact`, `batch_size`, ...\n"
-    )
     return checks_arguments(sweep)
+
+
+_INDEX_ARGS = """index_df: A DataFrame of indices, in place of every combination; then `[index]`.
+    return_index_df: Give `(result, index_df)`.
+    **options: As for `generic_activation_patch`: `reduce`, `positions`, `exact`, `batch_size`, ..."""
+_EXAMPLE_SIZES = {"3": 3, "5": 5, "layer": 2, "pos": 5, "head": 4, "dest_pos": 5, "src_pos": 5}
+
+
+def _document(function: str, what: str, axes: Sequence[str], more: str) -> str:
+    """Write the docstring that TransformerLens' functions share."""
+    sizes = [_EXAMPLE_SIZES[axis] for axis in axes]
+    return f"""{what}; gives `[{", ".join(axes)}]`.
+
+Args:
+    model: The model.
+    corrupted_tokens: What is run and patched, `[batch, pos]` or text.
+    clean_cache: Activations of the clean run.
+    patching_metric: From logits to a number, or to one for each row (then the mean over rows is given).
+    {more}
+
+Example:
+    >>> import lens_core as lens
+    >>> model = lens.load("toy:gpt2")
+    >>> _, clean = model.run_with_cache("king apple river king")
+    >>> corrupted = model.to_tokens("moon apple river king")
+    >>> {function}(model, corrupted, clean, lambda logits: logits[0, -1, 3]).shape
+    torch.Size({sizes})
+"""
 
 
 def _block_sweep(function: str, name: str, what: str) -> Callable[..., Any]:
@@ -303,98 +320,78 @@ get_act_patch_attn_head_pattern_dest_src_pos = _sweep_of(
 # ---------------------------------------------------------------------- TransformerLens' bundles
 
 
-def get_act_patch_attn_head_all_pos_every(
-    model: "LensModel",
-    corrupted_tokens: Any,
-    clean_cache: Mapping[str, Tensor],
-    metric: Callable[[Tensor], Tensor],
-    **options: Any,
-) -> Any:
-    """Patch each head's output, query, key, value and attention at all positions; gives `[5, layer, head]`.
+_BUNDLE_ARGS = """**options: As for `generic_activation_patch`; with `reduce="none"` a dictionary of results by part."""
+_NO_HEAD = (
+    ". Where there are fewer key-value heads than heads, their entries come first and the rest are NaN, no such head "
+    "to patch, where TransformerLens has zeros, which a metric may have as well"
+)
 
-    Where there are fewer key-value heads than heads, their entries come first and the rest are NaN: there is no such
-    head to patch. TransformerLens has zeros there, which a metric may have as well.
 
-    Args:
-        model: The model.
-        corrupted_tokens: What is run and patched.
-        clean_cache: Activations of the clean run.
-        metric: From logits to a number, or to one for each row.
-        **options: As for `generic_activation_patch`; with `reduce="none"` a dictionary of results by part.
-    """
-    parts = {
+def _bundle(
+    function: str, parts: Mapping[str, Callable[..., Any]], what: str, axes: Sequence[str]
+) -> Callable[..., Any]:
+    """Make one of TransformerLens' functions that do several sweeps and stack them."""
+
+    def sweeps(
+        model: "LensModel",
+        corrupted_tokens: Any,
+        clean_cache: Mapping[str, Tensor],
+        metric: Callable[[Tensor], Tensor],
+        **options: Any,
+    ) -> Any:
+        found = {part: sweep(model, corrupted_tokens, clean_cache, metric, **options) for part, sweep in parts.items()}
+        return _stacked(found, axes)
+
+    sweeps.__doc__ = _document(function, f"Patch {what}", [str(len(parts)), *axes], _BUNDLE_ARGS).replace(
+        "patching_metric:", "metric:"
+    )
+    sweeps.__name__ = sweeps.__qualname__ = function
+    return sweeps
+
+
+get_act_patch_attn_head_all_pos_every = _bundle(
+    "get_act_patch_attn_head_all_pos_every",
+    {
         "out": get_act_patch_attn_head_out_all_pos,
         "q": get_act_patch_attn_head_q_all_pos,
         "k": get_act_patch_attn_head_k_all_pos,
         "v": get_act_patch_attn_head_v_all_pos,
         "pattern": get_act_patch_attn_head_pattern_all_pos,
-    }
-    return _stacked(
-        {part: sweep(model, corrupted_tokens, clean_cache, metric, **options) for part, sweep in parts.items()}
-    )
-
-
-def get_act_patch_attn_head_by_pos_every(
-    model: "LensModel",
-    corrupted_tokens: Any,
-    clean_cache: Mapping[str, Tensor],
-    metric: Callable[[Tensor], Tensor],
-    **options: Any,
-) -> Any:
-    """Patch each head's output, query, key, value and attention by position; gives `[5, layer, pos, head]`.
-
-    Of the attention that is the position which attends. Key-value heads that do not exist are NaN, as in
-    `get_act_patch_attn_head_all_pos_every`.
-
-    Args:
-        model: The model.
-        corrupted_tokens: What is run and patched.
-        clean_cache: Activations of the clean run.
-        metric: From logits to a number, or to one for each row.
-        **options: As for `generic_activation_patch`; with `reduce="none"` a dictionary of results by part, of which
-            that of the pattern has its axes in the order layer, head, destination.
-    """
-    parts = {
+    },
+    "each head's output, query, key, value and attention at all positions" + _NO_HEAD,
+    ["layer", "head"],
+)
+get_act_patch_attn_head_by_pos_every = _bundle(
+    "get_act_patch_attn_head_by_pos_every",
+    {
         "out": get_act_patch_attn_head_out_by_pos,
         "q": get_act_patch_attn_head_q_by_pos,
         "k": get_act_patch_attn_head_k_by_pos,
         "v": get_act_patch_attn_head_v_by_pos,
         "pattern": get_act_patch_attn_head_pattern_by_pos,
-    }
-    found = {part: sweep(model, corrupted_tokens, clean_cache, metric, **options) for part, sweep in parts.items()}
-    if isinstance(found["pattern"], Tensor):
-        found["pattern"] = found["pattern"].transpose(1, 2)
-    return _stacked(found)
+    },
+    "each head's output, query, key, value and attention by position, of the attention the one that attends" + _NO_HEAD,
+    ["layer", "pos", "head"],
+)
+get_act_patch_block_every = _bundle(
+    "get_act_patch_block_every",
+    {"resid_pre": get_act_patch_resid_pre, "attn_out": get_act_patch_attn_out, "mlp_out": get_act_patch_mlp_out},
+    "the residual stream, attention's output and the MLP's by position",
+    ["layer", "pos"],
+)
 
 
-def get_act_patch_block_every(
-    model: "LensModel",
-    corrupted_tokens: Any,
-    clean_cache: Mapping[str, Tensor],
-    metric: Callable[[Tensor], Tensor],
-    **options: Any,
-) -> Any:
-    """Patch the residual stream, attention's output and the MLP's by position; gives `[3, layer, pos]`.
+def _stacked(parts: Mapping[str, Any], axes: Sequence[str]) -> Any:
+    """Stack tensors, those with fewer heads filled up by NaN; leave results as they are.
 
-    Args:
-        model: The model.
-        corrupted_tokens: What is run and patched.
-        clean_cache: Activations of the clean run.
-        metric: From logits to a number, or to one for each row.
-        **options: As for `generic_activation_patch`; with `reduce="none"` a dictionary of results by part.
+    TransformerLens' sweep of the pattern by position has its axes in the order layer, head, position.
     """
-    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
-    parts = dict(zip(("resid_pre", "attn_out", "mlp_out"), sweeps, strict=True))
-    return _stacked(
-        {part: sweep(model, corrupted_tokens, clean_cache, metric, **options) for part, sweep in parts.items()}
-    )
-
-
-def _stacked(parts: Mapping[str, Any]) -> Any:
-    """Stack tensors, those with fewer heads filled up by NaN; leave results as they are."""
     if not all(isinstance(part, Tensor) for part in parts.values()):
         return dict(parts)
-    heads = max(part.shape[-1] for part in parts.values())
+    found = dict(parts)
+    if list(axes) == ["layer", "pos", "head"]:
+        found["pattern"] = found["pattern"].transpose(1, 2)
+    heads = max(part.shape[-1] for part in found.values())
     return torch.stack(
-        [torch.nn.functional.pad(part, (0, heads - part.shape[-1]), value=torch.nan) for part in parts.values()]
+        [torch.nn.functional.pad(part, (0, heads - part.shape[-1]), value=torch.nan) for part in found.values()]
     )

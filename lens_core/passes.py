@@ -311,6 +311,13 @@ def undo_passes(model: "LensModel") -> "LensModel":
 
     Raises:
         WeightError: The originals were not kept.
+
+    Example:
+        >>> import torch, lens_core as lens
+        >>> model = lens.load("toy:gpt2")
+        >>> before = model.W_U
+        >>> torch.equal(undo_passes(model.process_weights()).W_U, before)
+        True
     """
     undo(_checked(model))
     return model

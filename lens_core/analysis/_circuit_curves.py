@@ -220,6 +220,18 @@ def completeness(
         ArgumentError: As `faithfulness`.
 
     Source: Marks et al. 2024 (arXiv 2403.19647), section 3; Wang et al. 2022 (arXiv 2211.00593), section 4.
+
+    Example:
+        >>> import lens_core as lens
+        >>> from lens_core.analysis.circuits import edge_effects
+        >>> model = lens.load("toy:gpt2")
+        >>> text, other = "red dog saw a red", "red dog saw a dog"
+        >>> def dog(logits):
+        ...     return logits[:, -1, model.to_single_token("dog")]
+        >>> scores = edge_effects(model, text, other, dog).scores
+        >>> curve = completeness(model, text, other, dog, scores, sizes=[0, 137])
+        >>> [round(share, 3) for share in curve.normalized[[0, -1]].tolist()]  # without nothing; without all edges
+        [1.0, 0.0]
     """
     return _curve(
         "completeness",

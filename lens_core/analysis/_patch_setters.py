@@ -36,7 +36,13 @@ def _indices(index: Sequence[int], count: int, names: str) -> list[int]:
 def layer_pos_patch_setter(
     corrupted_activation: Activation, index: Sequence[int], clean_activation: Activation
 ) -> Activation:
-    """Write the clean value at one position, `index = [layer, pos]`; for the residual stream and layers' outputs."""
+    """Write the clean value at one position, `index = [layer, pos]`; for the residual stream and layers' outputs.
+
+    Example:
+        >>> import torch
+        >>> int(layer_pos_patch_setter(torch.zeros(1, 2, 3), [0, 1], torch.ones(1, 2, 3)).sum())
+        3
+    """
     _, pos = _indices(index, 2, "layer, pos")
     corrupted_activation[:, pos, ...] = clean_activation[:, pos, ...]
     return corrupted_activation
@@ -46,7 +52,13 @@ def layer_pos_patch_setter(
 def layer_pos_head_vector_patch_setter(
     corrupted_activation: Activation, index: Sequence[int], clean_activation: Activation
 ) -> Activation:
-    """Write one head's clean vector at one position, `index = [layer, pos, head]`; for q, k, v, z and result."""
+    """Write one head's clean vector at one position, `index = [layer, pos, head]`; for q, k, v, z and result.
+
+    Example:
+        >>> import torch
+        >>> int(layer_pos_head_vector_patch_setter(torch.zeros(1, 2, 2, 3), [0, 1, 0], torch.ones(1, 2, 2, 3)).sum())
+        3
+    """
     _, pos, head = _indices(index, 3, "layer, pos, head")
     corrupted_activation[:, pos, head] = clean_activation[:, pos, head]
     return corrupted_activation
@@ -56,7 +68,13 @@ def layer_pos_head_vector_patch_setter(
 def layer_head_vector_patch_setter(
     corrupted_activation: Activation, index: Sequence[int], clean_activation: Activation
 ) -> Activation:
-    """Write one head's clean vectors at all positions, `index = [layer, head]`; for q, k, v, z and result."""
+    """Write one head's clean vectors at all positions, `index = [layer, head]`; for q, k, v, z and result.
+
+    Example:
+        >>> import torch
+        >>> int(layer_head_vector_patch_setter(torch.zeros(1, 2, 2, 3), [0, 1], torch.ones(1, 2, 2, 3)).sum())
+        6
+    """
     _, head = _indices(index, 2, "layer, head")
     corrupted_activation[:, :, head] = clean_activation[:, :, head]
     return corrupted_activation
@@ -66,7 +84,13 @@ def layer_head_vector_patch_setter(
 def layer_head_pattern_patch_setter(
     corrupted_activation: Activation, index: Sequence[int], clean_activation: Activation
 ) -> Activation:
-    """Write one head's clean attention, `index = [layer, head]`; for the pattern and the scores."""
+    """Write one head's clean attention, `index = [layer, head]`; for the pattern and the scores.
+
+    Example:
+        >>> import torch
+        >>> int(layer_head_pattern_patch_setter(torch.zeros(1, 2, 3, 3), [0, 1], torch.ones(1, 2, 3, 3)).sum())
+        9
+    """
     _, head = _indices(index, 2, "layer, head")
     corrupted_activation[:, head, :, :] = clean_activation[:, head, :, :]
     return corrupted_activation
@@ -76,7 +100,13 @@ def layer_head_pattern_patch_setter(
 def layer_head_pos_pattern_patch_setter(
     corrupted_activation: Activation, index: Sequence[int], clean_activation: Activation
 ) -> Activation:
-    """Write one head's clean attention from one position, `index = [layer, head, dest_pos]`."""
+    """Write one head's clean attention from one position, `index = [layer, head, dest_pos]`.
+
+    Example:
+        >>> import torch
+        >>> int(layer_head_pos_pattern_patch_setter(torch.zeros(1, 2, 3, 3), [0, 1, 2], torch.ones(1, 2, 3, 3)).sum())
+        3
+    """
     _, head, dest_pos = _indices(index, 3, "layer, head, dest_pos")
     corrupted_activation[:, head, dest_pos, :] = clean_activation[:, head, dest_pos, :]
     return corrupted_activation
@@ -86,7 +116,14 @@ def layer_head_pos_pattern_patch_setter(
 def layer_head_dest_src_pos_pattern_patch_setter(
     corrupted_activation: Activation, index: Sequence[int], clean_activation: Activation
 ) -> Activation:
-    """Write one clean weight of one head's attention, `index = [layer, head, dest_pos, src_pos]`."""
+    """Write one clean weight of one head's attention, `index = [layer, head, dest_pos, src_pos]`.
+
+    Example:
+        >>> import torch
+        >>> zeros, ones = torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)
+        >>> int(layer_head_dest_src_pos_pattern_patch_setter(zeros, [0, 1, 2, 0], ones).sum())
+        1
+    """
     _, head, dest_pos, src_pos = _indices(index, 4, "layer, head, dest_pos, src_pos")
     corrupted_activation[:, head, dest_pos, src_pos] = clean_activation[:, head, dest_pos, src_pos]
     return corrupted_activation

@@ -193,6 +193,15 @@ def reader_input(cache: "ActivationCache", reader: Node) -> Float[Tensor, "*batc
     Raises:
         CacheError: Its hook point was not cached; name `Graph.reader_names`.
         ArgumentError: A node that does not read.
+
+    Example:
+        >>> import lens_core as lens
+        >>> from lens_core.analysis.graph import graph
+        >>> model = lens.load("toy:gpt2")
+        >>> found = graph(model)
+        >>> _, cache = model.run_with_cache("the cat", names_filter=list(found.reader_names))
+        >>> reader_input(cache, found.readers[0]).shape[-1] == model.cfg.d_model
+        True
     """
     if reader.role != "reader":
         raise ArgumentError(f"{reader.label} is a {reader.role}; a reader has an input, such as those of graph.readers")

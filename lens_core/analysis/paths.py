@@ -256,6 +256,15 @@ def get_act_patch_direct_path(
         CacheError: The clean cache does not hold what the sender wrote.
 
     Costs one forward, and one row for each receiver.
+
+    Example:
+        >>> import lens_core as lens
+        >>> model = lens.load("toy:gpt2")
+        >>> tokens = model.to_tokens("moon apple river king")
+        >>> caches = [model.run_with_cache(text)[1] for text in ("king apple river king", tokens)]
+        >>> metric = lambda logits: logits[0, -1, 3]
+        >>> get_act_patch_direct_path(model, tokens, *caches, metric, 0, 2, "k").shape  # layer n_heads
+        torch.Size([2, 4])
     """
     values = _direct_paths(
         model, corrupted_tokens, clean_cache, patching_metric, [(src_layer, src_head)], component, batch_size
@@ -279,6 +288,15 @@ def get_act_patch_direct_path_all_sources(
     Raises:
         ArgumentError: No such component, or layers that differ in their heads.
         CacheError: The clean cache does not hold what the senders wrote.
+
+    Example:
+        >>> import lens_core as lens
+        >>> model = lens.load("toy:gpt2")
+        >>> tokens = model.to_tokens("moon apple river king")
+        >>> caches = [model.run_with_cache(text)[1] for text in ("king apple river king", tokens)]
+        >>> metric = lambda logits: logits[0, -1, 3]
+        >>> get_act_patch_direct_path_all_sources(model, tokens, *caches, metric, component="k").shape
+        torch.Size([2, 4, 2, 4])
     """
     heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads or 0)]
     values = _direct_paths(model, corrupted_tokens, clean_cache, patching_metric, heads, component, batch_size)

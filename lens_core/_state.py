@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
 
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._hf_cache import (
     cached_length,
     copied,
@@ -130,7 +130,7 @@ class State:
             >>> logits.shape[0]
             2
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(n):
             raise ArgumentError(f"n is how often each row stands in the fork, a positive number; got {n!r}")
 
         def repeated(given: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._hf_cache import cache_in, has_attention, note_length
 from lens_core._inputs import Inputs, is_text, read_input
 from lens_core._state import NOTHING, Past, State, extended, read_past
@@ -203,7 +203,7 @@ def _prompt(
     *,
     continues: bool,
 ) -> Inputs:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not is_whole(max_new_tokens):
         raise ArgumentError(f"max_new_tokens is a positive number; got {max_new_tokens!r}")
     if isinstance(given, Tensor) and given.is_floating_point():
         raise ArgumentError("generation starts from text or token ids, not from embeddings")

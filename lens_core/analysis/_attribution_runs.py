@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from lens_core._arguments import is_whole
 from lens_core.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ def midpoints(steps: int) -> list[float]:
         >>> midpoints(2)
         [0.25, 0.75]
     """
-    given: Any = steps
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ArgumentError(f"steps is a whole number from 1; got {given!r}")
+    if not is_whole(steps):
+        raise ArgumentError(f"steps is a whole number from 1; got {steps!r}")
     return [(step + 0.5) / steps for step in range(steps)]
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_core import tokens as _tokens
+from lens_core._arguments import is_whole
 from lens_core.errors import ArgumentError, EmptyInputError, HookDidNotFireError
 
 __all__ = ["Batch", "batches", "run_through", "token_rows"]
@@ -56,7 +57,7 @@ def batches(model: Any, texts: Any, batch_size: int, *, prepend_bos: bool | None
         ArgumentError: Neither texts nor ids; a batch size below 1.
         EmptyInputError: No texts.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(batch_size):
         raise ArgumentError(f"batch_size is a positive number; got {batch_size!r}")
     rows = token_rows(model, texts, prepend_bos=prepend_bos)
     first = 0

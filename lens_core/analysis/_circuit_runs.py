@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.analysis._circuit import Circuit
 from lens_core.analysis._edge_runs import Ablation, EdgeRuns, edge_runs
@@ -119,7 +119,7 @@ def copies_in(runs: EdgeRuns, batch_size: Any) -> int:
     Raises:
         ArgumentError: `batch_size` is no number of rows.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if not is_whole(batch_size):
         raise ArgumentError(f"batch_size is the number of rows in one forward, 1 or more; got {batch_size!r}")
     return max(1, batch_size // runs.prompt.shape[0])
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lens_core._arguments import is_whole
 from lens_core._tokenizer import added_tokens
 from lens_core.errors import ArgumentError, TokenizerError
 
@@ -36,7 +37,7 @@ def start_ids(model: Any, prepend_bos: bool | None) -> list[int]:
 def random_rows(model: Any, rows: int, length: int, generator: torch.Generator) -> Int[Tensor, "row pos"]:
     """Draw ordinary ids, on the CPU."""
     for name, number in (("rows", rows), ("length", length)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(number):
             raise ArgumentError(f"random text has a positive number of {name}; got {number!r}")
     ids = ordinary_ids(model)
     return ids[torch.randint(len(ids), (rows, length), generator=generator)]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.errors import ArgumentError
 
@@ -187,7 +187,7 @@ class PatchingResult:
             Records of each axis' number, `effect` and `value` (means over the rows). Cells without a value are left
             out.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(k):
             raise ArgumentError(f"k is how many cells are listed, 1 or more; got {k!r}")
         if by not in ("absolute", "highest", "lowest"):
             raise ArgumentError(f"by is 'absolute', 'highest' or 'lowest'; got {by!r}")

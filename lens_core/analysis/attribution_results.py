@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.analysis.graph import Edge, Graph
 from lens_core.errors import ArgumentError
@@ -315,9 +315,8 @@ def _label(name: str, layer: int | None, at: Mapping[str, int]) -> str:
 
 def _top(labels: Sequence[str], values: Tensor, k: int, *, signed: bool) -> list[tuple[str, float]]:
     """Give the largest values with their labels."""
-    given: Any = k
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ArgumentError(f"k is how many to give, 1 or more; got {given!r}")
+    if not is_whole(k):
+        raise ArgumentError(f"k is how many to give, 1 or more; got {k!r}")
     order = (values if signed else values.abs()).topk(min(k, len(values))).indices
     return [(labels[int(index)], float(values[index])) for index in order]
 

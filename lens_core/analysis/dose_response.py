@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core import edits, view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core._inputs import read_input
 from lens_core.analysis.steering import SteeringVector, Units, flattened
@@ -137,7 +137,7 @@ def dose_response(
     """
     doses = [float(scale) for scale in scales]
     for what, number, least in (("n_random", n_random, 0), ("max_rows", max_rows, 1)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(number, least):
             raise ArgumentError(f"{what} is a number from {least}; got {number!r}")
     if not doses:
         raise ArgumentError("scales is empty; give at least one")

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_core import tokens as _tokens
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._inputs import token_loss
 from lens_core.analysis._batches import batches
 from lens_core.analysis._random_text import repeated_rows
@@ -110,7 +110,7 @@ def induction_loss(
     """
     if tokenizer is not None and tokenizer is not model.tokenizer:
         raise ArgumentError("the model's own tokenizer is used; load the model with tokenizer= for another")
-    if isinstance(subseq_len, bool) or not isinstance(subseq_len, int) or subseq_len < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(subseq_len, 2):
         raise ArgumentError(f"subseq_len is a number from 2; got {subseq_len!r}")
     generator = torch.Generator().manual_seed(seed)
     rows = repeated_rows(model, batch_size, subseq_len, generator, prepend_bos).to(model.input_device)

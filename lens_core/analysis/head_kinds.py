@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.analysis._batches import Batch, batches, run_through, token_rows
 from lens_core.analysis._random_text import random_rows, repeated_rows
@@ -193,7 +193,7 @@ def score_heads(
     kinds = dict(KINDS if kinds is None else kinds)
     if not kinds:
         raise ArgumentError("kinds is empty; give at least one, or None")
-    if isinstance(n_controls, bool) or not isinstance(n_controls, int) or n_controls < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(n_controls):
         raise ArgumentError(f"n_controls is a positive number; got {n_controls!r}")
     generator = torch.Generator().manual_seed(seed)
     if texts is None:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core.analysis._node_names import find_readers, find_writers
 from lens_core.analysis._path_result import PathPatching
 from lens_core.analysis._path_runs import Cell, PathRuns, path_runs
@@ -208,7 +208,7 @@ def _measured(
     runs: PathRuns, cells: Sequence[Cell], metric: Callable[[Tensor], Tensor], *, batch_size: int
 ) -> Float[Tensor, "cell batch"]:
     """Run the cells, as many at once as `batch_size` rows hold, and measure each."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(batch_size):
         raise ArgumentError(f"batch_size is the number of rows in one forward, 1 or more; got {batch_size!r}")
     size = max(1, batch_size // runs.prompt.shape[0])
     found: list[Tensor] = []

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.analysis._linear_probe import LinearProbe, Recipe, fit_probe, folds_of, held_out, wilson
 from lens_core.analysis._probe_labels import control_labels, read_labels
@@ -191,7 +191,7 @@ def fit_probes(
     y, classes = read_labels(activations, labels)
     recipe = _recipe(kind, k, C, classes, activations)
     for what, number, least in (("folds", folds, 2), ("n_controls", n_controls, 1)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(number, least):
             raise ArgumentError(f"{what} is a number from {least}; got {number!r}")
     generator = torch.Generator().manual_seed(seed)
     splits = folds_of(y, activations.texts, folds, seed)
@@ -247,7 +247,7 @@ def random_features(activations: Activations, width: int, *, seed: int = 0) -> F
         >>> bool(torch.allclose(one, other))
         True
     """
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(width):
         raise ArgumentError(f"width is a positive number; got {width!r}")
     generator = torch.Generator().manual_seed(seed)
     every: Any = torch.cat(activations.ids)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._logit_attrs import token_ids
 from lens_core.errors import ArgumentError
 
@@ -88,7 +88,7 @@ def read_vocabulary(
         True
     """
     for name, given in (("top", top), ("chunk", chunk)):
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(given):
             raise ArgumentError(f"{name} is a number of tokens, at least 1; got {given!r}")
     with torch.no_grad():
         rows, bias = model.weight("W_U").T, model.weight("b_U")

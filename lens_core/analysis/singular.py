@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core._gains import as_read, as_written, norm_before
 from lens_core.errors import ArgumentError
@@ -143,7 +143,7 @@ def singular_vectors(
         (torch.Size([3, 96]), 5)
     """
     side = _checked(name, head, side, through)
-    if isinstance(num_vectors, bool) or not isinstance(num_vectors, int) or num_vectors < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(num_vectors):
         raise ArgumentError(f"num_vectors is 1 or more; got {num_vectors!r}")
     at = _index(layer, model.cfg.n_layers, "blocks", "layer")
     with torch.no_grad():

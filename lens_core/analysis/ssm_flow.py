@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core.analysis._attribution_runs import At, Metric, Pair, difference
 from lens_core.analysis.ssm_scan import read_layers
 from lens_core.errors import ArgumentError
@@ -66,9 +66,8 @@ class StateAttribution:
     @checks_arguments
     def top_edges(self, k: int = 10) -> list[tuple[str, float]]:
         """Give the k time edges with the largest mean over the batch, heads summed: `L1 @4 -> @5` and the value."""
-        given: Any = k
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise ArgumentError(f"k is how many to give, 1 or more; got {given!r}")
+        if not is_whole(k):
+            raise ArgumentError(f"k is how many to give, 1 or more; got {k!r}")
         mean = self.carried.sum(-1).mean(1)[:, :-1]
         order = mean.flatten().abs().topk(min(k, mean.numel())).indices
         found = [divmod(int(index), mean.shape[1]) for index in order]

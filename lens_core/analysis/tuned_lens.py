@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._decomposition import stream_name
 from lens_core._extras import need
 from lens_core._tensor_file import FileKind, origin
@@ -216,7 +216,7 @@ def fit_tuned_lens(
     if model.bare_model.training:
         raise ArgumentError("the model is in training mode, where dropout draws; call model.eval() first")
     for name, given in (("epochs", epochs), ("rows", 1 if rows is None else rows)):
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not is_whole(given):
             raise ArgumentError(f"{name} is at least 1; got {given!r}")
     training, kept = _split(list(batches(model, data, batch_size)), held_out is None)
     if held_out is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lens_core import tokens as _tokens
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.analysis._batches import Batch, batches
 from lens_core.errors import ArgumentError
@@ -154,7 +154,7 @@ def top_activations(
         >>> found.n_tokens
         7
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(k):
         raise ArgumentError(f"k is a positive number; got {k!r}")
     if not (isinstance(window, tuple) and len(window) == 2 and all(isinstance(n, int) and n >= 0 for n in window)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError(f"window is how many tokens before and after, such as (8, 4); got {window!r}")

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_core import view
-from lens_core._arguments import checks_arguments
+from lens_core._arguments import checks_arguments, is_whole
 from lens_core._extras import need
 from lens_core.errors import ArgumentError
 from lens_core.saes._reading import beside, plain
@@ -113,7 +113,7 @@ def feature_attribution(
         >>> found.features.shape
         torch.Size([1, 6, 64])
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole(steps):
         raise ArgumentError(f"steps is a positive number; got {steps!r}")
     with torch.enable_grad(), beside(model, sae, hook_name, strict=strict) as place:
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import attrs
 import torch
 
+from lens_core._arguments import is_whole
 from lens_core.errors import SaeError
 
 __all__ = ["SaeConfig", "read_config"]
@@ -237,7 +238,7 @@ def _head(given: object, source: str) -> int | None:
 
 def _size(fields: Mapping[str, Any], name: str, source: str) -> int:
     given = fields.get(name)
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+    if not is_whole(given):
         raise SaeError(f"{source} has {name} = {given!r}; it is a positive number")
     return given
 

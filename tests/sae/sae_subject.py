@@ -152,3 +152,25 @@ def made(kind: str, d_in: int, d_sae: int = 23, *, seed: int = 0, **fields: Any)
     weights = weights_of(kind, d_in, d_sae, d_out=fields.get("d_out"), seed=seed)
     cfg = lens.saes.SaeConfig(architecture=kind, d_in=d_in, d_sae=d_sae, dtype=torch.float64, **fields)
     return lens.saes.SparseAutoencoder(cfg, weights), weights
+
+
+def handmade(
+    sae: Any, weights: dict[str, Tensor], kept: dict[str, Tensor] | None = None, *, error: bool = False
+) -> Any:
+    """Give an edit for a golden forward: the SAE by hand; `kept` gets its values, with their gradients."""
+    fields = {"architecture": sae.cfg.architecture, "k": sae.cfg.k}
+
+    def edit(value: Tensor, hook: Any) -> Tensor:
+        flat = value.flatten(2)
+        parts = by_hand(fields, weights, flat)
+        acts = parts["acts_post"] * 1
+        recons = acts @ weights["W_dec"] + weights["b_dec"]
+        result = recons + (flat - parts["recons"]) if error else recons
+        if kept is not None:
+            kept.update(parts, acts_post=acts, recons=recons)
+            for one in kept.values():
+                if one.requires_grad:
+                    one.retain_grad()
+        return result.view(value.shape)
+
+    return edit

@@ -1,4 +1,4 @@
-"""Packages that only some functions need, of the extra `analysis`."""
+"""Packages that only some functions need, of the extras `analysis` and `store`."""
 
 from importlib import import_module
 from typing import Any
@@ -8,12 +8,13 @@ from lens_core.errors import MissingPackageError
 __all__ = ["need"]
 
 
-def need(module: str, what: str) -> Any:
+def need(module: str, what: str, *, extra: str = "analysis") -> Any:
     """Import a module of a package that lens does not require.
 
     Args:
         module: `pandas`, `scipy.stats`, ...
         what: What it is needed for, as the message says: "a data frame".
+        extra: The extra of lens-core that brings it.
 
     Raises:
         MissingPackageError: It is not installed.
@@ -25,5 +26,5 @@ def need(module: str, what: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, and something that it needs itself is not
         raise MissingPackageError(
-            f"{what} needs {package}, which is not installed: pip install 'lens-core[analysis]'"
+            f"{what} needs {package}, which is not installed: pip install 'lens-core[{extra}]'"
         ) from error

@@ -38,6 +38,7 @@ from lens_core.errors import (
     SaeWarning,
     StateError,
     StateFileError,
+    StoreError,
     TokenIdError,
     TokenizerError,
     UnknownHookError,
@@ -49,7 +50,7 @@ from lens_core.errors import (
 )
 
 if TYPE_CHECKING:
-    from lens_core import edits, passes, saes, view
+    from lens_core import edits, passes, saes, store, view
     from lens_core._state import State
     from lens_core._watch import Hook
     from lens_core.analysis import patching
@@ -99,6 +100,7 @@ __all__ = [
     "State",
     "StateError",
     "StateFileError",
+    "StoreError",
     "TokenIdError",
     "TokenizerError",
     "UnknownHookError",
@@ -115,6 +117,7 @@ __all__ = [
     "passes",
     "patching",
     "saes",
+    "store",
     "view",
 ]
 
@@ -132,6 +135,7 @@ _LAZY = {  # name -> the module that defines it, or that it is
     "passes": "lens_core.passes",
     "patching": "lens_core.analysis.patching",
     "saes": "lens_core.saes",
+    "store": "lens_core.store",
     "view": "lens_core.view",
 }
 

@@ -32,6 +32,7 @@ LensError
   AnalysisFileError           not a file of a result of ours, truncated, unsafe, or of another model
   WeightError                 a weight view that this model cannot give, or a pass that does not hold for it
   SaeError                    a sparse autoencoder that cannot be read, or does not fit the model
+  StoreError                  an activation store that cannot be written, read, or gone on with
   MissingPackageError         what was asked for needs a package that is not installed (also an ImportError)
 LensWarning
   CostWarning                 what was asked for costs much memory
@@ -73,6 +74,7 @@ __all__ = [
     "SaeWarning",
     "StateError",
     "StateFileError",
+    "StoreError",
     "TokenIdError",
     "TokenizerError",
     "UnknownHookError",
@@ -206,6 +208,13 @@ class StateFileError(StateError):
 
 class AnalysisFileError(LensError):
     """A file of a result, such as a steering vector, is not one of ours, is damaged, or is of another model."""
+
+
+class StoreError(LensError):
+    """An activation store cannot be written, is damaged or in use, or was begun with something else.
+
+    What was complete in it stays as it is.
+    """
 
 
 class WeightError(LensError):

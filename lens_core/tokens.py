@@ -31,6 +31,7 @@ __all__ = [
     "find_tokenizer",
     "get_token_position",
     "position_ids",
+    "to_rows",
     "to_single_str_token",
     "to_single_token",
     "to_str_tokens",
@@ -89,6 +90,34 @@ def to_tokens(
             raise ArgumentError(f"truncate_to={truncate_to} keeps no tokens. Give 1 or more.")
         rows = [row[:truncate_to] for row in rows]
     return _padded(tokenizer, rows, side, device)
+
+
+def to_rows(
+    tokenizer: Tokenizer | None, texts: Sequence[str], *, prepend_bos: bool | None = None, bare: bool = False
+) -> list[list[int]]:
+    """Give the ids of each text, unpadded; an empty text has what the tokenizer adds, if anything.
+
+    Args:
+        tokenizer: an HF tokenizer.
+        texts: at least one.
+        prepend_bos: as for `to_tokens`.
+        bare: leave out whatever the tokenizer adds, BOS too.
+
+    Raises:
+        TokenizerError: no tokenizer.
+
+    Example:
+        >>> import lens_core as lens
+        >>> tokenizer = lens.load("toy:llama").tokenizer
+        >>> [len(row) for row in to_rows(tokenizer, ["the cat", "the"])]
+        [3, 2]
+        >>> [len(row) for row in to_rows(tokenizer, ["the cat", "the"], bare=True)]
+        [2, 1]
+    """
+    tokenizer = _present(tokenizer)
+    if bare:
+        return encode(tokenizer, list(texts), add_special_tokens=False)
+    return _text_rows(tokenizer, list(texts), prepend_bos)
 
 
 def _present(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -31,6 +31,7 @@ _COMMANDS = (
     _Command("plugins", "list the architecture plugins and whether they serve", "lens_core._commands.plugins"),
     _Command("hooks", "list the hook points of a model", "lens_core._commands._hooks"),
     _Command("cache", "run a text and keep its activations in a file", "lens_core._commands._cache"),
+    _Command("harvest", "run a corpus and keep its activations in a store", "lens_core._commands._harvest"),
     _Command("verify", "hold a checkpoint of yours to the conformance kit's checks", "lens_core._commands._verify"),
     _Command("doctor", "describe a model type that no plugin serves, and try it", "lens_core._commands._doctor"),
     _Command("view", "show a file of activations as one HTML page", "lens_core._commands._view"),

@@ -29,7 +29,7 @@ def progress(steps: int) -> Generator[Callable[[str], None], None, None]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=error, transient=True, disable=not error.is_terminal) as bar, _quiet_hf():
+    with Progress(*columns, console=error, transient=True, disable=not error.is_terminal) as bar, quiet_hf():
         task = bar.add_task("starting", total=steps)
         begun = False
 
@@ -42,7 +42,8 @@ def progress(steps: int) -> Generator[Callable[[str], None], None, None]:
 
 
 @contextmanager
-def _quiet_hf() -> Generator[None, None, None]:
+def quiet_hf() -> Generator[None, None, None]:
+    """Turn the progress bars of transformers off inside the block."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()

@@ -17,6 +17,7 @@ from lens_core.store._corpus import Corpus, open_corpus
 from lens_core.store._layout import (
     DTYPES,
     Manifest,
+    RowRules,
     StoredPoint,
     check_size,
     difference,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["harvest"]
 
 _SHARD_BYTES = 1 << 28
+_CHARACTERS = 4  # of a token, in the mean: a guess
 
 
 @checks_arguments
@@ -133,7 +135,7 @@ def harvest(
     points = _stored(model, names, _dtype(dtype))
     begun = read_manifest(target) if has_manifest(target) else None
     if unit_documents is None:
-        unit_documents = _unit_documents(corpus, rules.context) if begun is None else begun.unit_documents
+        unit_documents = _unit_documents(corpus, rules) if begun is None else begun.unit_documents
     if shard_rows is None:
         shard_rows = _shard_rows(points, rules.context) if begun is None else begun.shard_rows
     manifest = Manifest(
@@ -183,10 +185,11 @@ def _stored(model: "LensModel", names: NameFilter, dtype: torch.dtype | None) ->
     )
 
 
-def _unit_documents(corpus: Corpus, context: int) -> int:
-    """Choose a unit: 16 rows at least, as its last row is short, 256 at most, and one of 64 of the corpus between."""
-    in_row = context / max(corpus.mean_length / (4 if corpus.is_text else 1), 1)  # some four characters to a token
-    least, most = in_row * 16, in_row * 256
+def _unit_documents(corpus: Corpus, rules: RowRules) -> int:
+    """Choose a unit: 64 rows at least, as its last row is short, 1024 at most, and one of 64 of the corpus between."""
+    tokens = max(corpus.mean_length / (_CHARACTERS if corpus.is_text else 1), 1)
+    in_row = rules.context / tokens if rules.pack else 1
+    least, most = in_row * 64, in_row * 1024
     return min(max(int(min(max(len(corpus) / 64, least), most)), 1), len(corpus))
 
 

@@ -60,8 +60,12 @@ class Shard:
         self.target, self.part = target, target.with_name(f".{target.name}.part")
         header, self._places, self.nbytes = _laid_out(tensors, metadata)
         self._file = self.part.open("w+b")
-        self._file.write(header)
-        self._file.truncate(self.nbytes)
+        try:
+            self._file.write(header)
+            self._file.truncate(self.nbytes)
+        except OSError:
+            self.discard()
+            raise
 
     def write(self, name: str, value: Tensor, at: int = 0) -> None:
         """Write elements along the first axis, from `at` on."""

@@ -103,8 +103,9 @@ def run(job: Job) -> None:
 
 def _parts(job: Job, done: Sequence[Record]) -> Iterator[_Part]:
     """Make the rows of what is not done yet."""
-    whole = {record.unit for record in done if record.is_last}
     some = {(record.unit, record.part) for record in done}
+    sizes = {record.unit: record.part + 1 for record in done if record.is_last}
+    whole = {unit for unit, size in sizes.items() if all((unit, part) in some for part in range(size))}
     documents = 0
     for unit in job.units():
         here, before = job.n_documents(unit), documents

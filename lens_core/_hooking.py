@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core._arguments import checks_arguments
+from lens_core._compiled import is_compiled
 from lens_core._context import active_run
 from lens_core._declaration import Declaration
 from lens_core._hf_cache import cache_argument
@@ -18,6 +19,7 @@ from lens_core._plan import Run
 from lens_core._positions import read_positions
 from lens_core._state import config_facts
 from lens_core._watch import HookEntry, HookFunction, Sink
+from lens_core._wrappers import bare, layers_around
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError
 from lens_core.hook_points import HookPoint, HookTable, NameFilter
@@ -31,7 +33,8 @@ class Hooked:
     def __init__(self, hf_model: nn.Module, declaration: Declaration) -> None:
         self.hf_model: Any = hf_model
         self.declaration = declaration
-        self.bare_model: Any = getattr(hf_model, "_orig_mod", hf_model)  # inside a torch.compile wrapper
+        self.bare_model: Any = bare(hf_model)
+        """HF's own model, inside of what `torch.compile` or PEFT put around it."""
         self.cache_argument = cache_argument(self.bare_model)
         self.config_facts = config_facts(self.bare_model)
         # The table does not know this object: without a cycle, a model that nobody refers to is freed at once.
@@ -40,6 +43,7 @@ class Hooked:
         )
         self.added_hooks: list[HookEntry] = []
         self.hook_contexts: dict[str, dict[str, Any]] = {}
+        self.notices: set[str] = set()
 
     @property
     def input_device(self) -> torch.device:
@@ -276,7 +280,8 @@ class Hooked:
             final=self.declaration.norms["ln_final"].path,
             sizes=self.declaration.cfg.sizes,
             contexts=self.hook_contexts,
-            is_compiled=self.hf_model is not self.bare_model,
+            is_compiled=any(map(is_compiled, layers_around(self.hf_model))),
+            notices=self.notices,
             added=added,
             entries=entries,
             sinks=sinks,

@@ -13,6 +13,7 @@ from torch import nn
 from lens_core._declaration import Declaration
 from lens_core._descriptor import Architecture
 from lens_core._registry import active_registry, load_implementation, toy_folder
+from lens_core._wrappers import bare
 from lens_core.errors import (
     ArgumentError,
     ConfigWarning,
@@ -74,7 +75,7 @@ def _adopt(hf_model: Any, *, strict: bool, dtype: Any, device: Any, options: dic
     if any(value is not None for value in given.values()):
         named = ", ".join(name for name, value in given.items() if value is not None)
         raise ArgumentError(f"{named} cannot be given with a model in memory, which is left as it is; move it before")
-    config: Any = getattr(hf_model, "config", None)
+    config: Any = getattr(bare(hf_model), "config", None)
     if getattr(config, "model_type", None) is None:
         raise ModelNotFoundError(f"{type(hf_model).__name__} is not an HF model: it has no config with a model_type")
     architecture = active_registry().resolve(config.model_type)
@@ -293,7 +294,7 @@ def check_depth(config: Any) -> None:
 
 def check_tree(hf_model: Any, declaration: Declaration) -> None:
     """Raise where the module tree is not the one that the architecture declares (a base model, another head)."""
-    module = getattr(hf_model, "_orig_mod", hf_model)
+    module = bare(hf_model)
     needed = [declaration.base, declaration.blocks, declaration.embed, declaration.unembed]
     for path in needed:
         try:

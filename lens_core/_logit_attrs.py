@@ -191,7 +191,7 @@ def _final_affine(cache: "ActivationCache", like: Tensor) -> tuple[Tensor, Tenso
     """Give the final norm's gain and bias `[d_model]`, whatever way its kind writes them."""
     model = model_of(cache)
     place = model.declaration.norms["ln_final"]
-    module: Any = model.hf_model.get_submodule(place.path)
+    module: Any = model.bare_model.get_submodule(place.path)
     zeros = torch.zeros(model.cfg.d_model, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         bias = place.kind.affine(module, zeros)

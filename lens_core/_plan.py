@@ -7,7 +7,7 @@ point that was asked for; seams turn groups of watches into steps; all steps at 
 import difflib
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core._call import Call, ModuleCall
+from lens_core._compiled import eager, is_compiled, tell_once, with_parents
 from lens_core._context import activate, active_run, retire
 from lens_core._functions import Slot, give_back, take
 from lens_core._taps import Site, Taps, put_tap
@@ -78,6 +79,7 @@ class Run:
         sizes: Mapping[str, int],
         contexts: dict[str, dict[str, Any]],
         is_compiled: bool = False,
+        notices: set[str] | None = None,
         added: Sequence[HookEntry] = (),
         entries: Sequence[HookEntry] = (),
         sinks: Sequence[Sink] = (),
@@ -103,6 +105,8 @@ class Run:
         """Hook points of the table that exist in this block only."""
         self.parent = parent
         self.is_compiled = is_compiled
+        self.notices: set[str] = set() if notices is None else notices
+        """What its model was told once already."""
         self.is_over = False
         """Whether its block has ended; whoever still knows it passes it by."""
         self.is_gone = False
@@ -225,8 +229,7 @@ class Run:
         """
         try:
             try:
-                is_compiled = self._install(self._compile())
-                with _eager() if is_compiled else nullcontext():
+                with self._eagerly() if self._install(self._compile()) else nullcontext():
                     yield self
                 self._check_used()
             finally:
@@ -248,7 +251,11 @@ class Run:
                 self.handlers[step.key] = step.handler
         self._tapped = frozenset(step.path for step in steps)
         activate(self)
-        return self.is_compiled or any(map(_is_compiled, self._compilable(steps)))
+        return self.is_compiled or any(map(is_compiled, self._compilable(steps)))
+
+    def _eagerly(self) -> AbstractContextManager[None]:
+        tell_once(self.notices)
+        return eager()
 
     def _tap(self, path: str, when: str, acts: Sequence[Callable[[ModuleCall], None]]) -> Any:
         return put_tap(self, path, when, acts)
@@ -283,11 +290,9 @@ class Run:
                 watch.drop(self.own)
 
     def _compilable(self, steps: Iterable[ModuleStep | SlotStep]) -> Iterator[nn.Module]:
-        """The modules that somebody may have compiled: the model, its base, the blocks, and those with taps."""
-        yield self.hf_model
+        """The modules that somebody may have compiled: the blocks, those with taps, and what these are in."""
         yield from self.module(self.blocks).children()
-        for path in {step.path for step in steps}:
-            yield self.module(path)
+        yield from map(self.module, with_parents(step.path for step in steps))
 
     # ------------------------------------------------------------------ one call
 
@@ -389,12 +394,3 @@ def _is_checkpointed(hf_model: Any, paths: frozenset[str]) -> bool:
             if inside or (hooks_inside and name in paths):
                 return True
     return False
-
-
-def _is_compiled(module: Any) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-
-
-def _eager() -> Any:
-    """Run compiled code eagerly, since it does not see hooks; torch's switch for it is process-wide."""
-    return torch.compiler.set_stance("force_eager")

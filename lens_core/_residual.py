@@ -165,7 +165,7 @@ def apply_ln_to_stack(
     stack = sliced(residual_stack, 1, batch_slice) if has_batch_dim and cache.has_batch_dim else residual_stack
     prefix, place = norm_at(cache, at, mlp_input=mlp_input)
     if recompute_ln:
-        module = model_of(cache).hf_model.get_submodule(place.path.format(layer=at))
+        module = model_of(cache).bare_model.get_submodule(place.path.format(layer=at))
         with torch.set_grad_enabled(torch.is_grad_enabled() and stack.requires_grad):
             centred, scale = place.kind.split(module, stack)
             return place.kind.affine(module, centred / scale)

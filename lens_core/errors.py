@@ -36,6 +36,7 @@ LensError
   MissingPackageError         what was asked for needs a package that is not installed (also an ImportError)
 LensWarning
   CostWarning                 what was asked for costs much memory
+  CompileWarning              a compiled model runs eagerly where lens looks into it
   PluginWarning               a plugin was left out
   ConfigWarning               config keys that nobody knows were ignored
   PassWarning                 a weight pass had nothing to do
@@ -48,6 +49,7 @@ __all__ = [
     "ArgumentError",
     "CacheError",
     "CacheFileError",
+    "CompileWarning",
     "ConfigWarning",
     "ContextLengthError",
     "CostWarning",
@@ -235,6 +237,10 @@ class LensWarning(UserWarning):
 
 class CostWarning(LensWarning):
     """What was asked for costs much memory."""
+
+
+class CompileWarning(LensWarning):
+    """A compiled model runs eagerly where lens looks into it; calls without hooks stay compiled."""
 
 
 class PluginWarning(LensWarning):

@@ -164,7 +164,8 @@ def _is_linear(module: Any, weight: Tensor) -> bool:
 def _n_outputs(module: Any) -> int:
     """Count what a linear map or a convolution gives, under the name that its class has for it."""
     names = ("out_features", "out_channels", "nf")
-    return next((getattr(module, name) for name in names if hasattr(module, name)), module.weight.shape[0])
+    named = next((name for name in names if hasattr(module, name)), None)
+    return module.weight.shape[0] if named is None else getattr(module, named)
 
 
 def stack_weight(

@@ -186,6 +186,7 @@ def test_gradient_checkpointing_is_right_or_refused(subject, reentrant, name):
     assert torch.allclose(got["g"], values[name].grad, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::lens_core.errors.CompileWarning")
 @pytest.mark.parametrize("when", ["in-place", "wrapped"])
 def test_a_compiled_model_works_or_refuses(subject, when):
     """Law 5: a compiled model is hooked or the run refuses; never silently unhooked."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lens_core._offload import loaded
+from lens_core._quantised import is_plain
 
 __all__ = ["linear_weight"]
 
@@ -15,12 +16,13 @@ __all__ = ["linear_weight"]
 def linear_weight(module: Any) -> Generator[tuple[Tensor, Tensor | None] | None, None, None]:
     """Give a linear module's weight as `[in, out]` and its bias; None where the module is not a plain linear map.
 
-    Plain are `nn.Linear` and HF's `Conv1D` with a floating weight. An offloaded weight is loaded for the block and put
+    Plain are `nn.Linear` and HF's `Conv1D` with an ordinary weight: torchao leaves the module and puts a tensor of its
+    own in, which says it is floating and need not transpose. An offloaded weight is loaded for the block and put
     back; the tensors are views of the live parameters otherwise, on autograd's graph.
     """
     from transformers.pytorch_utils import Conv1D
 
-    if type(module) not in (nn.Linear, Conv1D) or not module.weight.is_floating_point():
+    if type(module) not in (nn.Linear, Conv1D) or not is_plain(module.weight, module):
         yield None
         return
     with loaded(module):

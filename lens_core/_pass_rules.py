@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lens_core._declaration import Declaration, NormPlace
-from lens_core._pass_weights import Matrix, find_matrix, find_parameter, has_matrix, problem
+from lens_core._pass_weights import Matrix, find_matrix, find_parameter, has_hidden_bias, has_matrix, problem
 
 __all__ = [
     "attention_layers",
@@ -189,7 +189,7 @@ def _against_value_folding(model: Any) -> Iterator[str]:
         yield "rows of the pattern do not sum to 1 (attention sinks), so a value's bias arrives in part"
     for layer in attention_layers(model):
         path = bias_path(model, "b_V", layer)
-        if find_parameter(root, path) is not None:
+        if find_parameter(root, path) is not None or has_hidden_bias(root, path):
             yield from _against(problem(root, path))
             yield from _against(problem(root, matrix_of(model, "W_O", layer).weight))
             yield from _against_bias(root, matrix_of(model, "W_O", layer), "values have a bias, and")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lens_core._offload import has_placement
 
-__all__ = ["Matrix", "find_matrix", "find_parameter", "has_matrix", "is_tied", "problem", "wide"]
+__all__ = ["Matrix", "find_matrix", "find_parameter", "has_hidden_bias", "has_matrix", "is_tied", "problem", "wide"]
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -57,6 +57,13 @@ def find_parameter(root: nn.Module, path: str) -> nn.Parameter | None:
     """Give a parameter by its path; None where there is none, or something that stands for one."""
     owner, _, name = path.rpartition(".")
     return _own(root.get_submodule(owner)).get(name)
+
+
+def has_hidden_bias(root: nn.Module, path: str) -> bool:
+    """Whether a module adds a bias that is no parameter of its own: under an adapter, or quantised."""
+    owner, _, name = path.rpartition(".")
+    bias: Any = None if find_parameter(root, path) is not None else getattr(root.get_submodule(owner), name, None)
+    return (bias() if callable(bias) and not isinstance(bias, Tensor) else bias) is not None
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -111,10 +111,7 @@ def read_weight(
 def _parameter(view: WeightView, module: Any, *, dequantize: bool) -> Tensor:
     """Give the parameter as an ordinary tensor that is there; linear weights turn to `[in, out]`."""
     if hasattr(module, "base_layer"):
-        raise WeightError(
-            f"{view.name} is under an adapter ({type(module).__name__}), which adds to the weight that it wraps; merge "
-            "the adapter into the model before taking weights apart"
-        )
+        module = _below_adapter(view, module)
     tensor: Any = getattr(module, view.part, None)
     if view.part == "bias":
         if callable(tensor) and not isinstance(tensor, Tensor):  # torch's quantised modules
@@ -126,6 +123,22 @@ def _parameter(view: WeightView, module: Any, *, dequantize: bool) -> Tensor:
     if view.part == "weight" and _is_linear(module, tensor):
         tensor = tensor.T
     return tensor.clone() if has_placement(module) else tensor  # a loaded copy: the module goes back to the meta device
+
+
+def _below_adapter(view: WeightView, module: Any) -> Any:
+    """Give the module that an adapter wraps, where the adapted one computes with that one's weight alone.
+
+    Raises:
+        WeightError: The adapter adds to it.
+    """
+    is_merged, is_off = (bool(getattr(module, name, False)) for name in ("merged", "disable_adapters"))
+    if is_merged == is_off:
+        raise WeightError(
+            f"{view.name} is under an adapter ({type(module).__name__}), which adds to the weight that it wraps; call "
+            "merge_adapter() of the PEFT model (unmerge_adapter() takes it back) to see the sum, or look inside "
+            "`with peft_model.disable_adapter()` for the weight below"
+        )
+    return module.base_layer
 
 
 def _full(tensor: Any, view: WeightView, module: nn.Module, *, dequantize: bool) -> Tensor:

@@ -169,3 +169,14 @@ def test_a_weight_under_an_adapter_is_refused():
     attention.q_proj = Adapter(attention.q_proj)
     with pytest.raises(WeightError, match="W_Q is under an adapter .Adapter."):
         lens.load(hf).weight("W_Q", 0)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::lens_core.errors.CostWarning")
+def test_every_hook_point_is_served_where_a_weight_is_a_tensor_of_another_kind():
+    """Heads apart (result, per-head inputs) are computed by the module, since such a weight need not transpose."""
+    model = lens.load(by_tensor(tiny_llama("llama")))
+    expected = by_tensor(tiny_llama("llama"))(TOKENS).logits
+    logits, cache = model.run_with_cache(TOKENS, names_filter=lambda name: True)
+    assert torch.equal(logits, expected)
+    torch.testing.assert_close(cache["result", 1].sum(-2), cache["blocks.1.attn.hook_out"], rtol=1e-4, atol=1e-5)

@@ -6,10 +6,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: help demo test docs bench mutants conformance certificates drift real lint clean
+.PHONY: help demo test docs bench bench-peers mutants conformance certificates drift real lint clean
 
 help: ## Say what there is to make.
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 12
 
 demo: .venv/.runtime ## Find the induction heads of the toy GPT-2; ARGS="--text ..." goes to `lens demo`.
 	@$(BIN)/lens demo $(ARGS)
@@ -22,6 +22,12 @@ docs: .venv/.dev ## Build the documentation into docs/_build.
 
 bench: .venv/.dev ## Measure against plain HuggingFace; ARGS goes to the benchmark.
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: .venv/.dev .venv/.real ## Measure beside transformer-lens and nnsight (half an hour); ARGS="--only lens --rows harvest" goes to it.
+	@scripts/peers
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
+	@$(BIN)/python scripts/peers_table.py
+	@PYTHONPATH=.venv/real $(BIN)/python -m docs.figures performance
 
 mutants: .venv/.dev ## See that the conformance kit notices every way it knows of breaking lens; ARGS goes to it.
 	@$(BIN)/python scripts/kill_matrix.py $(ARGS)

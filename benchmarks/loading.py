@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from transformers.utils import logging
 
+from benchmarks.machine import PEAK
 from benchmarks.models import random_model
 from benchmarks.rows import Row
 from benchmarks.settings import Settings
@@ -16,14 +17,6 @@ __all__ = ["rows"]
 
 HF = "from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained(sys.argv[1])"
 LENS = "import lens_core; model = lens_core.load(sys.argv[1], tokenizer=False)"
-# ru_maxrss of a process that was forked starts at its parent's peak; VmHWM, where there is one, starts anew.
-PEAK = """
-import pathlib, resource
-status = pathlib.Path("/proc/self/status")
-lines = status.read_text().splitlines() if status.exists() else []
-own = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-print(own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -40,5 +33,5 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def _peak(code: str, folder: str) -> int:
     """Give the most memory that the process held, in the system's own unit."""
-    command = [sys.executable, "-c", f"import sys\n{code}\n{PEAK}", folder]
+    command = [sys.executable, "-c", f"import sys\n{code}\n{PEAK}\nprint(peak)", folder]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])

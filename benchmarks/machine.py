@@ -2,15 +2,26 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["load_average", "machine"]
+__all__ = ["PEAK", "load_average", "machine"]
+
+PACKAGES = ("torch", "transformers", "lens-core", "lens-gpt2")
+# For a program of its own: sets `peak`, in the system's own unit. ru_maxrss of a process that was forked starts at its
+# parent's peak; VmHWM, where there is one, starts anew.
+PEAK = """
+import pathlib, resource
+status = pathlib.Path("/proc/self/status")
+lines = status.read_text().splitlines() if status.exists() else []
+own = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+peak = int(own[0]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+"""
 
 
-def machine(threads: int) -> dict[str, str]:
-    """Describe processor, system and versions; no names or paths."""
-    packages = ("torch", "transformers", "lens-core", "lens-gpt2")
+def machine(threads: int, packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Describe processor, system and the versions of some packages; no names or paths."""
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "threads": f"{threads} of torch's, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",

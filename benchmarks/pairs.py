@@ -42,6 +42,7 @@ def interleaved(
     at_most: int = 60,
     calls: int = 1,
     clock: Callable[[Side, int], tuple[float, float]] | None = None,
+    is_warm: bool = False,
 ) -> list[Pair]:
     """Measure pairs until the time is over, after one call of each that is not measured.
 
@@ -53,10 +54,11 @@ def interleaved(
         at_most: Pairs that are enough.
         calls: Calls that make up one measurement, for what is too short to be timed alone.
         clock: Gives wall and processor seconds of one call, where the process itself does not do the work.
+        is_warm: Leave out the calls that are not measured: something like them has run.
     """
     measure = clock or timed
     sides = [side if isinstance(side, Side) else Side(call=side) for side in (plain, ours)]
-    for side in sides:
+    for side in () if is_warm else sides:
         measure(side, 1)
     pairs: list[Pair] = []
     end = time.perf_counter() + seconds

@@ -51,7 +51,15 @@ def test_the_example_of_the_readme_has_twelve_lines_and_prints_what_it_says():
 
 
 @pytest.mark.parametrize(
-    "script", ["architecture_table.py", "hook_tables.py", "kit_tables.py", "migrating_table.py", "technique_table.py"]
+    "script",
+    [
+        "architecture_table.py",
+        "hook_tables.py",
+        "kit_tables.py",
+        "migrating_table.py",
+        "peers_table.py",
+        "technique_table.py",
+    ],
 )
 def test_a_generated_table_is_fresh(script):
     """Whoever changes a plugin runs the script again."""

@@ -1,16 +1,16 @@
 """What is measured in one process: a library's way of each row by turns with plain HF's, and whether it is right."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from benchmarks.pairs import interleaved
+from benchmarks.pairs import Pair, Side, interleaved, timed
 from benchmarks.peers.adapter import Adapter, Cannot
 from benchmarks.peers.record import Cell
 from benchmarks.peers.reference import Reference
@@ -122,35 +122,28 @@ def _checked(row: str, found: Any, bench: Bench, tokens: Tensor) -> tuple[float,
 
 
 def _sweep(bench: Bench, row: str) -> Cell:
-    """Measure a whole sweep against as many plain forwards as one layer has cells, times the layers."""
+    """Measure two whole sweeps, each beside as many plain forwards as one layer has cells, times the layers."""
     settings, library, reference = bench.settings, bench.library, bench.reference
-    shape = (1, settings.sweep_tokens)
-    clean, corrupted = bench.tokens(*shape), bench.tokens(*shape, seed=3)
-    n_layers = len(reference.blocks)
-
-    def plain() -> None:
-        for _ in range(settings.sweep_tokens):
-            _difference_of_logits(reference.forward(corrupted))
-
-    ours = partial(library.sweep, clean, corrupted, _difference_of_logits)
-    found = ours().reshape(n_layers, settings.sweep_tokens)
-    cells_checked = [(layer, at) for layer in (0, bench.middle) for at in (0, settings.sweep_tokens - 1)]
-    expected = [reference.patched(clean, corrupted, *cell, _difference_of_logits)[0] for cell in cells_checked]
+    positions, n_layers = settings.sweep_tokens, len(reference.blocks)
+    clean, corrupted = bench.tokens(1, positions), bench.tokens(1, positions, seed=3)
+    found: list[Tensor] = []
     pairs = interleaved(
-        plain,
-        ours,
-        seconds=settings.seconds[-1],
-        at_least=settings.sweep_pairs,
-        at_most=settings.at_least,
+        lambda: [_difference_of_logits(reference.forward(corrupted)) for _ in range(positions)],
+        lambda: found.append(library.sweep(clean, corrupted, _difference_of_logits)),
+        seconds=0,
+        at_least=2,
         is_warm=True,
     )
+    checked = [(layer, at) for layer in (0, bench.middle) for at in (0, positions - 1)]
+    values = found[-1].reshape(n_layers, positions)
+    expected = [reference.patched(clean, corrupted, *cell, _difference_of_logits)[0] for cell in checked]
     return Cell.of_pairs(
         pairs,
         per_plain=n_layers,
         model=bench.model,
         row=row,
-        size=f"{n_layers} × {settings.sweep_tokens} cells",
-        difference=_furthest([found[cell] for cell in cells_checked], expected),
+        size=f"{n_layers} × {positions} cells",
+        difference=_furthest([values[cell] for cell in checked], expected),
     )
 
 
@@ -159,31 +152,32 @@ def _difference_of_logits(logits: Tensor) -> Tensor:
 
 
 def _harvest(bench: Bench, row: str) -> Cell:
-    """Measure against HF run to the same layer, which writes nothing."""
+    """Measure all tokens once; a share of them goes through HF, to the same layer and to no disk, before and after."""
     settings, library, reference = bench.settings, bench.library, bench.reference
     batch, positions = settings.harvest_shape
-    middle = bench.middle
-    layers = tuple(dict.fromkeys((middle // 3, 2 * middle // 3, middle)))
+    last = bench.middle - 1
+    layers = tuple(dict.fromkeys((last // 3, 2 * last // 3, last)))
     count = max(settings.harvest_tokens // (batch * positions), 1)
     batches = list(bench.tokens(count * batch, positions).split(batch))
-    until = reference.until(middle + 1)
-
-    def plain() -> None:
-        for tokens in batches:
-            until(tokens)
-
-    def ours(tokens: Sequence[Tensor] = batches) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            library.harvest(tokens, layers, Path(folder))
-            last = library.harvested(Path(folder), middle, batch * positions)
-        expected = reference.residuals(tokens[0])[middle].flatten(0, 1)
-        return _furthest([last], [expected])
-
-    difference = ours(batches[:2])
-    until(batches[0])
-    pairs = interleaved(plain, ours, seconds=0, at_least=settings.sweep_pairs, is_warm=True)
-    size = f"{count * batch * positions:,} tokens".replace(",", " ")
-    return Cell.of_pairs(pairs, model=bench.model, row=row, size=size, difference=difference)
+    share = batches[: -(-count // 8)]
+    until = reference.until(last + 1)
+    plain = Side(call=lambda: [until(tokens) for tokens in share])
+    expected = reference.residuals(batches[0])[last].flatten(0, 1)
+    with TemporaryDirectory() as small, TemporaryDirectory() as large:
+        library.harvest(batches[:2], layers, Path(small))
+        until(batches[0])
+        before = timed(plain, 1)
+        ours = timed(Side(call=partial(library.harvest, batches, layers, Path(large))), 1)
+        after = timed(plain, 1)
+        found = library.harvested(Path(large), last, len(expected))
+    return Cell.of_pairs(
+        [Pair(wall, ours[0], processor, ours[1]) for wall, processor in (before, after)],
+        per_plain=count / len(share),
+        model=bench.model,
+        row=row,
+        size=f"{count * batch * positions:,} tokens".replace(",", " "),
+        difference=_furthest([found], [expected]),
+    )
 
 
 def _states(bench: Bench, row: str) -> Cell:

@@ -73,7 +73,6 @@ class Settings:
     starts: int
     """Pairs of fresh processes."""
     sweep_tokens: int
-    sweep_pairs: int
     state_tokens: int
     new_tokens: int
     harvest_tokens: int
@@ -87,11 +86,10 @@ FULL = Settings(
     threads=2,
     rows_of={"gpt2": (*_ALL, "harvest"), "smollm2": _ALL, "mamba": ("state", "states")},
     sizes=((1, 64), (4, 256)),
-    seconds=(4.0, 9.0),
+    seconds=(3.0, 6.0),
     at_least=4,
-    starts=4,
-    sweep_tokens=16,
-    sweep_pairs=2,
+    starts=3,
+    sweep_tokens=12,
     state_tokens=64,
     new_tokens=20,
     harvest_tokens=200_000,
@@ -106,7 +104,6 @@ QUICK = attrs.evolve(
     at_least=1,
     starts=1,
     sweep_tokens=4,
-    sweep_pairs=1,
     state_tokens=8,
     new_tokens=3,
     harvest_tokens=64,

@@ -17,7 +17,24 @@ AGREES = 1e-4
 PICTURE = "![Ratios to plain HF, by model and row](images/performance.png)"
 
 # By library and row, why that peer is ahead of lens there, known from reading both; nothing is said of the others.
-REASONS: Mapping[tuple[str, str], str] = {}
+_OWN_SCAN = (
+    "It runs a scan of its own in place of HF's, and the bits of what follows are not HF's; lens leaves HF's scan "
+    "where it is and computes the states of every position beside it."
+)
+REASONS: Mapping[tuple[str, str], str] = {
+    (
+        "transformer-lens-4",
+        "cache",
+    ): "It loads every model with eager attention, whose scores and patterns are there to "
+    "be kept; lens leaves HF's fused attention as it is and computes them beside it.",
+    (
+        "nnsight",
+        "cache",
+    ): "It keeps what modules return: no scores or patterns, which HF's fused attention does not have "
+    "and lens computes beside it, and no scales of norms.",
+    ("transformer-lens-4", "state"): _OWN_SCAN,
+    ("transformer-lens-4", "states"): _OWN_SCAN,
+}
 
 
 @attrs.frozen(kw_only=True)

@@ -1,8 +1,8 @@
 """The command line: `lens`, or `python -m lens_core`.
 
-Exit codes: 0 when the command did its work; 1 for a mistake of lens' own, and where `lens verify` or `lens doctor`
-finds one; 2 for a mistake in what was asked, as argparse has it; 130 after Ctrl-C. A traceback is shown only with
-`--debug`.
+Exit codes: 0 when the command did its work; 1 for a mistake of lens' own, and where `lens verify`, `lens doctor` or
+`lens store verify` finds one; 2 for a mistake in what was asked, as argparse has it; 130 after Ctrl-C. A traceback is
+shown only with `--debug`.
 """
 
 import argparse
@@ -32,6 +32,7 @@ _COMMANDS = (
     _Command("hooks", "list the hook points of a model", "lens_core._commands._hooks"),
     _Command("cache", "run a text and keep its activations in a file", "lens_core._commands._cache"),
     _Command("harvest", "run a corpus and keep its activations in a store", "lens_core._commands._harvest"),
+    _Command("store", "look into activation stores, check them, merge them", "lens_core._commands._store"),
     _Command("verify", "hold a checkpoint of yours to the conformance kit's checks", "lens_core._commands._verify"),
     _Command("doctor", "describe a model type that no plugin serves, and try it", "lens_core._commands._doctor"),
     _Command("view", "show a file of activations as one HTML page", "lens_core._commands._view"),

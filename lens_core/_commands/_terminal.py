@@ -4,7 +4,17 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 _ELSEWHERE = 200  # columns, where a table goes to a file or a pipe: no name is cut
 
@@ -39,6 +49,22 @@ def progress(steps: int) -> Generator[Callable[[str], None], None, None]:
             begun = True
 
         yield begin
+
+
+@contextmanager
+def transfer(what: str) -> Generator[Callable[[int, int], None], None, None]:
+    """Show how many bytes are done, on standard error; the function that is given takes those, and all there are."""
+    error = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=error, transient=True, disable=not error.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -1,7 +1,22 @@
 """Activations of a corpus on disk: `harvest` writes them, `ActivationStore` reads them."""
 
+from lens_core.store._batches import Batch, Batches, StoreDataset
 from lens_core.store._harvest import harvest
-from lens_core.store._reader import ActivationStore
+from lens_core.store._merge import merge
+from lens_core.store._reader import ActivationStore, Entries, StoredActivations
+from lens_core.store._verify import Fault, verify
 from lens_core.store._writing import Progress
 
-__all__ = ["ActivationStore", "Progress", "harvest"]
+__all__ = [
+    "ActivationStore",
+    "Batch",
+    "Batches",
+    "Entries",
+    "Fault",
+    "Progress",
+    "StoreDataset",
+    "StoredActivations",
+    "harvest",
+    "merge",
+    "verify",
+]

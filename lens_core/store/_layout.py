@@ -15,7 +15,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,7 +25,18 @@ import torch
 
 from lens_core.errors import StoreError
 
-__all__ = ["COLUMNS", "DTYPES", "Manifest", "Record", "RowRules", "Source", "StoredPoint", "read_manifest", "records"]
+__all__ = [
+    "COLUMNS",
+    "DTYPES",
+    "Manifest",
+    "Record",
+    "RowRules",
+    "Source",
+    "StoredPoint",
+    "read_manifest",
+    "records",
+    "whole_units",
+]
 
 FORMAT, VERSION = "lens activation store", 1
 MANIFEST = "manifest.json"
@@ -264,19 +275,40 @@ def records(folder: Path) -> list[Record]:
     Raises:
         StoreError: A record that is damaged.
     """
-    found: list[Record] = []
-    for path in sorted(folder.glob("*.json")):
-        if _STEM.fullmatch(path.stem) is None:
-            continue
-        try:
-            record = _record(Record, _parsed(path))
-            is_sound = record.stem == path.stem and min(record.rows, record.entries, record.nbytes) >= 0
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"the record {os.fspath(path)!r} is damaged: {error!r}; {REPAIR}") from error
-        if not is_sound:
-            raise StoreError(f"the record {os.fspath(path)!r} is of another shard, or damaged; {REPAIR}")
-        found.append(record)
-    return found
+    return [read_record(path) for path in record_files(folder)]
+
+
+def record_files(folder: Path) -> list[Path]:
+    """List the records, damaged ones included, in the order of source, unit and part."""
+    return sorted(path for path in folder.glob("*.json") if _STEM.fullmatch(path.stem) is not None)
+
+
+def read_record(path: Path) -> Record:
+    """Read a record.
+
+    Raises:
+        StoreError: It is damaged.
+    """
+    try:
+        record = _record(Record, _parsed(path))
+        is_sound = record.stem == path.stem and min(record.rows, record.entries, record.nbytes) >= 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the record {os.fspath(path)!r} is damaged: {error!r}; {REPAIR}") from error
+    if not is_sound:
+        raise StoreError(f"the record {os.fspath(path)!r} is of another shard, or damaged; {REPAIR}")
+    return record
+
+
+def whole_units(done: Iterable[Record]) -> set[tuple[int, int]]:
+    """Give the units (source, unit) of which every part is there: the last, and all before it."""
+    parts = dict[tuple[int, int], int]()
+    ends = dict[tuple[int, int], int]()
+    for record in done:
+        unit = (record.source, record.unit)
+        parts[unit] = parts.get(unit, 0) + 1
+        if record.is_last:
+            ends[unit] = record.part
+    return {unit for unit, last in ends.items() if parts[unit] == last + 1}
 
 
 def check_size(record: Record, folder: Path) -> None:

@@ -294,7 +294,7 @@ class _Handler:
             repeated = tensor.repeat_interleave(groups, dim=1)
             override, watch = overrides[part], self.watches.get(f"{part}_rep")
             if override is not None:
-                repeated = _overridden(module, repeated, override, total=self.run.now.total)
+                repeated = self._overridden(module, repeated, override)
                 is_edited, is_rerouted = is_edited or override.edited, True
             if watch is not None:
                 repeated = self._fire_repeated(watch, repeated)
@@ -305,6 +305,14 @@ class _Handler:
         own: Any = copy.copy(module)
         own.num_key_value_groups = 1
         return own, new[0], new[1], is_edited
+
+    def _overridden(self, module: nn.Module, repeated: Tensor, override: Override) -> Tensor:
+        """Put some heads' own keys or values there; heads are counted over all processes that share the model."""
+        shards, n_heads = self.run.shards, self.run.sizes["n_heads"]
+        if shards is None or repeated.shape[1] == n_heads:
+            return _overridden(module, repeated, override, total=self.run.now.total)
+        whole = shards.whole(repeated, axis=1, length=n_heads)
+        return shards.part(_overridden(module, whole, override, total=self.run.now.total), axis=1)
 
     def _fire_repeated(self, watch: Watch, repeated: Float[Tensor, "batch n_heads slots d_head"]) -> Tensor:
         """Fire on the keys that are real, `[batch, key, n_heads, d_head]`; a static cache has unused slots."""

@@ -51,7 +51,10 @@ class Call:
 class ModuleCall:
     """One forward of one module, as the steps of a tap see it and change it."""
 
-    __slots__ = ("_stream", "args", "input_changed", "kwargs", "module", "output", "output_changed", "run")
+    __slots__ = (
+        *("_stream", "_whole_input", "_whole_result", "args", "input_changed", "kwargs"),
+        *("module", "output", "output_changed", "run"),
+    )
 
     def __init__(
         self, run: "Run", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -64,6 +67,8 @@ class ModuleCall:
         self.input_changed = False
         self.output_changed = False
         self._stream: Tensor | None = None
+        self._whole_input: Tensor | None = None
+        self._whole_result: Tensor | None = None
 
     @property
     def stream(self) -> Tensor:
@@ -78,14 +83,40 @@ class ModuleCall:
 
     @property
     def input(self) -> Tensor:
-        """The first tensor argument: positional, or by keyword as HF passes `hidden_states`."""
+        """The first tensor argument: positional, or by keyword as HF passes `hidden_states`.
+
+        Where a linear module is given a part of it on each process, that is the whole, and so is what is set.
+        """
+        if self._whole_input is not None:
+            return self._whole_input
+        own = self._own_input
+        whole = self._whole(own, "in_features")
+        self._whole_input = None if whole is own else whole
+        return whole
+
+    @property
+    def _own_input(self) -> Tensor:
         found = self._input_key()
         return self.args[found] if isinstance(found, int) else self.kwargs[found]
+
+    def _whole(self, own: Tensor, which: str) -> Tensor:
+        """Gather what HF has of a tensor here; what is whole already is given back itself."""
+        shards = self.run.shards
+        length = None if shards is None else shards.features(self.module, own, which)
+        return own if shards is None or length is None else shards.whole(own, axis=-1, length=length)
+
+    def _part(self, new: Tensor, own: Tensor, which: str) -> Tensor:
+        """Give what HF is to have of a new tensor, in place of `own`; itself where that was whole."""
+        shards = self.run.shards
+        is_whole = shards is None or shards.features(self.module, own, which) is None
+        return new if shards is None or is_whole else shards.part(new, axis=-1)
 
     @input.setter
     def input(self, new: Tensor) -> None:
         found = self._input_key()
         self._stream = None
+        part = self._part(new, self._own_input, "in_features")
+        self._whole_input, new = None if part is new else new, part
         if isinstance(found, int):
             self.args = (*self.args[:found], new, *self.args[found + 1 :])
         else:
@@ -107,13 +138,24 @@ class ModuleCall:
 
     @property
     def result(self) -> Tensor:
-        """The module's output, or the first tensor of a tuple or an HF output record."""
+        """The module's output, or the first tensor of a tuple or an HF output record; whole, as `input`."""
+        if self._whole_result is not None:
+            return self._whole_result
+        own = self._own_result
+        whole = self._whole(own, "out_features")
+        self._whole_result = None if whole is own else whole
+        return whole
+
+    @property
+    def _own_result(self) -> Tensor:
         output: Any = self.output
         return output if isinstance(output, Tensor) else output[self._result_key()]
 
     @result.setter
     def result(self, new: Tensor) -> None:
         output: Any = self.output
+        part = self._part(new, self._own_result, "out_features")
+        self._whole_result, new = None if part is new else new, part
         if isinstance(output, Tensor):
             self.output = new
         elif type(output) is tuple:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lens_core._offload import loaded
 from lens_core._quantised import is_plain
+from lens_core._shards import whole_parameter
 
 __all__ = ["linear_weight"]
 
@@ -18,7 +19,8 @@ def linear_weight(module: Any) -> Generator[tuple[Tensor, Tensor | None] | None,
 
     Plain are `nn.Linear` and HF's `Conv1D` with an ordinary weight: torchao leaves the module and puts a tensor of its
     own in, which says it is floating and need not transpose. An offloaded weight is loaded for the block and put
-    back; the tensors are views of the live parameters otherwise, on autograd's graph.
+    back, and one that is cut over processes is gathered; the tensors are views of the live parameters otherwise, on
+    autograd's graph.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -26,4 +28,5 @@ def linear_weight(module: Any) -> Generator[tuple[Tensor, Tensor | None] | None,
         yield None
         return
     with loaded(module):
-        yield (module.weight.T if type(module) is nn.Linear else module.weight), module.bias
+        weight, bias = whole_parameter(module.weight), whole_parameter(module.bias)
+        yield (weight.T if type(module) is nn.Linear else weight), bias

@@ -19,7 +19,8 @@ from lens_core._call import Call, ModuleCall
 from lens_core._compiled import eager, is_compiled, tell_once, with_parents
 from lens_core._context import activate, active_run, retire
 from lens_core._functions import Slot, give_back, take
-from lens_core._taps import Site, Taps, put_tap
+from lens_core._shards import check_whole, find_shards
+from lens_core._taps import Site, Taps, is_checkpointed, put_tap
 from lens_core._watch import HookEntry, Sink, Watch
 from lens_core.errors import HookDidNotFireError, UnsupportedHookError
 from lens_core.hook_points import HookTable
@@ -107,6 +108,8 @@ class Run:
         self.is_compiled = is_compiled
         self.notices: set[str] = set() if notices is None else notices
         """What its model was told once already."""
+        self.shards = find_shards(hf_model)
+        """How the model is cut over processes; None where it is not."""
         self.is_over = False
         """Whether its block has ended; whoever still knows it passes it by."""
         self.is_gone = False
@@ -187,6 +190,7 @@ class Run:
                         )
                     continue
                 if name not in found:
+                    check_whole(self.shards, name)
                     found[name] = Watch(self.table.point(name), self)
                 attach(found[name])
         return sorted(found.values(), key=lambda watch: self.table.rank(watch.name))
@@ -320,7 +324,7 @@ class Run:
         if self.call is not None:  # the call before did not come to its end, and now the base is called by itself
             self._check_free()
             self.leave_call()
-        if self.hf_model.training and torch.is_grad_enabled() and _is_checkpointed(self.hf_model, self._tapped):
+        if self.hf_model.training and torch.is_grad_enabled() and is_checkpointed(self.hf_model, self._tapped):
             raise UnsupportedHookError(
                 "hooks inside a block do not survive gradient checkpointing, which runs the block again in the "
                 "backward pass; call model.hf_model.gradient_checkpointing_disable() or model.eval() first, "
@@ -380,17 +384,3 @@ def _by_site(steps: Iterable[ModuleStep | SlotStep]) -> dict[Site, list[Callable
         if isinstance(step, ModuleStep):
             sites.setdefault((step.path, step.when), []).append(step.act)
     return sites
-
-
-def _is_checkpointed(hf_model: Any, paths: frozenset[str]) -> bool:
-    """Whether HF will run any of these modules again in the backward pass."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    hooks_inside = "__call__" in vars(GradientCheckpointingLayer)  # older releases checkpoint a layer's hooks too
-    modules: list[tuple[str, Any]] = list(hf_model.named_modules())
-    for name, layer in modules:
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
-            inside = any(path.startswith(f"{name}.") for path in paths)
-            if inside or (hooks_inside and name in paths):
-                return True
-    return False

@@ -53,7 +53,8 @@ class State:
 
     Attributes:
         cache: HF's `DynamicCache`: keys and values, and the convolution windows and recurrent states of state space
-            models, in the graph that they were computed in (under `torch.no_grad()`, in none).
+            models, in the graph that they were computed in (under `torch.no_grad()`, in none). With tensor parallelism
+            each process has the keys and values of its own heads.
         attention_mask: 1 for real tokens, 0 for padding; None where nothing is padding.
         tokens: The ids so far; None where any position was given as embeddings, or lens was not told.
         length: Positions so far, padding included; None reads it from the cache, which a state space model's does not

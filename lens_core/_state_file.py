@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lens_core._arguments import checks_arguments
 from lens_core._hf_cache import ATTENDED, RECURRENT, new_cache, tensors_in
+from lens_core._shards import find_shards
 from lens_core._state import State, check_origin, facts, unlike
 from lens_core._tensor_file import FileKind, origin
 from lens_core.errors import ArgumentError, StateFileError
@@ -45,7 +46,7 @@ def save_state(model: "LensModel", state: State, path: Any) -> None:
 
     Raises:
         StateError: The state is of another model, empty, or HF would make another kind of cache for this model.
-        StateFileError: The file cannot be written there.
+        StateFileError: The file cannot be written there, or the model is cut over processes.
         ArgumentError: Not a state, or not a path.
 
     Example:
@@ -62,6 +63,7 @@ def save_state(model: "LensModel", state: State, path: Any) -> None:
         raise ArgumentError(f"a state is what return_state=True gives; got {type(state).__name__}")
     target = KIND.target(path)
     check_origin(model, state)
+    _refuse_parts(model)
     layers = [_described(layer) for layer in state.cache.layers]
     if not state.length:
         raise StateFileError("an empty state holds nothing to save")
@@ -95,14 +97,26 @@ def load_state(model: "LensModel", path: Any) -> State:
         path: The file.
 
     Raises:
-        StateFileError: Not a state file of ours, damaged, of another format version, unsafe, or of another model.
+        StateFileError: Not a state file of ours, damaged, of another format version, unsafe, or of another model; or
+            the model is cut over processes.
         ArgumentError: Not a path.
     """
 
     def parse(tensors: dict[str, Tensor], metadata: dict[str, str], shown: str) -> State:
         return _read(model, tensors, metadata, shown)
 
+    _refuse_parts(model)
     return KIND.read(path, parse)
+
+
+def _refuse_parts(model: "LensModel") -> None:
+    """See that a state's keys and values are whole in this process."""
+    shards = find_shards(model.bare_model)
+    if shards is not None:
+        raise StateFileError(
+            f"tensor parallelism cuts keys and values over {shards.count} processes, and a file holds whole ones; keep "
+            "states in memory, or save and load them on a model in one process"
+        )
 
 
 def _listed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lens_core.errors import UnsupportedHookError
 if TYPE_CHECKING:
     from lens_core._plan import Run
 
-__all__ = ["Site", "Taps", "put_tap"]
+__all__ = ["Site", "Taps", "is_checkpointed", "put_tap"]
 
 Site: TypeAlias = tuple[str, str]
 """A module's path, and `pre` or `post`: before or after its forward."""
@@ -103,3 +103,17 @@ class _Tap:
             "the model has hooks on it, which a copy or a pickle would keep for good: copy or pickle it outside of "
             "hooks() and caching() blocks and of hook functions; its state_dict() has none"
         )
+
+
+def is_checkpointed(hf_model: Any, paths: frozenset[str]) -> bool:
+    """Whether HF will run any of these modules again in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    hooks_inside = "__call__" in vars(GradientCheckpointingLayer)  # older releases checkpoint a layer's hooks too
+    modules: list[tuple[str, Any]] = list(hf_model.named_modules())
+    for name, layer in modules:
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
+            inside = any(path.startswith(f"{name}.") for path in paths)
+            if inside or (hooks_inside and name in paths):
+                return True
+    return False

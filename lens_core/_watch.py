@@ -163,7 +163,18 @@ class Watch:
         edit then leaves the model's own computation in place. `is_written_in_place` says that what changes is written
         into the tensor itself, which must then not be given another name in the graph. `real` `[batch, pos]` is
         False at padding, where the value stays as it was whatever a function returns.
+
+        Of a value that is cut over processes, functions and caches see the whole, and this process' part goes on.
         """
+        shards = self.run.shards
+        axis = None if shards is None else shards.cut_axis(self.point, value, self.run.sizes)
+        if shards is None or axis is None:
+            return self._fire(value, beside=beside, is_written_in_place=is_written_in_place, real=real)
+        whole = shards.whole(value, axis=axis, length=self.run.sizes[self.point.shape.split()[axis]])
+        new = self._fire(whole, beside=beside, real=real)
+        return value if new is whole else shards.part(new, axis=axis)
+
+    def _fire(self, value: Tensor, *, beside: bool, is_written_in_place: bool = False, real: Tensor | None) -> Tensor:
         call = self.run.now
         call.fired[self.name] = call.fired.get(self.name, 0) + 1
         self.edited = self.rerouted = False

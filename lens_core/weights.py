@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lens_core._offload import has_placement, loaded
 from lens_core._quantised import dequantised, is_plain
+from lens_core._shards import whole_parameter
 from lens_core._views import Columns
 from lens_core.errors import WeightError
 
@@ -82,7 +83,7 @@ def weight_and_bias(
 def read_weight(
     view: WeightView, find_module: Callable[[str], nn.Module], layer: int | None = None, *, dequantize: bool = False
 ) -> Tensor:
-    """Read one weight: a view of the live parameter, or a loaded copy where the module is offloaded.
+    """Read one weight: a view of the live parameter, or a whole copy where that is offloaded or cut over processes.
 
     Args:
         view: Where it is.
@@ -112,7 +113,7 @@ def _parameter(view: WeightView, module: Any, *, dequantize: bool) -> Tensor:
     """Give the parameter as an ordinary tensor that is there; linear weights turn to `[in, out]`."""
     if hasattr(module, "base_layer"):
         module = _below_adapter(view, module)
-    tensor: Any = getattr(module, view.part, None)
+    tensor: Any = whole_parameter(getattr(module, view.part, None))
     if view.part == "bias":
         if callable(tensor) and not isinstance(tensor, Tensor):  # torch's quantised modules
             tensor = tensor()

@@ -119,7 +119,8 @@ def logits_of(cache: "ActivationCache", received: Tensor, right: Tensor, wrong: 
 def _output_bias(cache: "ActivationCache", right: Tensor, wrong: Tensor | None, like: Tensor) -> Tensor:
     model = model_of(cache)
     b_U = model.weight("b_U").detach().to(like.device, like.dtype) * model.declaration.logit_factor
-    return b_U[right] if wrong is None else b_U[right] - b_U[wrong]
+    own = b_U[right.to(b_U.device)]
+    return own if wrong is None else own - b_U[wrong.to(b_U.device)]
 
 
 def token_pair(cache: "ActivationCache", tokens: Any, incorrect_tokens: Any) -> tuple[Tensor, Tensor | None]:

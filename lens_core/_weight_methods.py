@@ -187,7 +187,8 @@ def W_E_pos(model: "LensModel") -> Float[Tensor, "row d_model"]:
     if "W_pos" not in names:
         kind = model.cfg.positional_embedding_type
         raise WeightError(f"positions have no embedding of their own in this model (positions: {kind}); W_E is all")
-    return torch.cat([model.weight("W_E"), model.weight("W_pos")])
+    tokens = model.weight("W_E")
+    return torch.cat([tokens, model.weight("W_pos").to(tokens.device)])
 
 
 def n_params_total(model: "LensModel") -> int:

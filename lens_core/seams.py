@@ -221,7 +221,8 @@ class NormInside:
         watches = [watch for watch in (scale_watch, normalized_watch) if watch is not None]
         dtype = call.input.dtype
         with gradients(any(watch.needs_graph for watch in watches)):
-            centred, scale = self.kind.split(call.module, call.input)
+            # On several devices the input may still be where the module before it is.
+            centred, scale = self.kind.split(call.module, call.input.to(call.result.device))
             is_new = torch.zeros((), dtype=torch.bool, device=scale.device)
             if scale_watch is not None:
                 shown = scale.to(dtype)

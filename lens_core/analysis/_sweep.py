@@ -102,7 +102,7 @@ def _is_worth(baseline: Baseline, cells: Sequence[Cell]) -> bool:
 def _chunks(baseline: Baseline, cells: Sequence[Cell], batch_size: int | None, engine: Engine) -> Iterator[list[Cell]]:
     """Put cells together that run at once: of one point, those with the longest suffixes first.
 
-    Packed, whole points are put together while there is room; the lower blocks come first.
+    Packed, whole points of different blocks are put together while there is room; the lower blocks come first.
     """
     most = max(AT_ONCE.get(baseline.final.device.type, MANY) // baseline.batch, 1)
     by_point: dict[str, list[Cell]] = {}
@@ -118,7 +118,10 @@ def _chunks(baseline: Baseline, cells: Sequence[Cell], batch_size: int | None, e
     together: list[Cell] = []
     for group in sorted(by_point.values(), key=lambda some: depth_of(baseline.model, some[0].point)):
         ordered = sorted(group, key=lambda one: one.start)
-        if engine == "packed" and fits([*together, *ordered]):
+        is_higher = not together or depth_of(baseline.model, together[-1].point) < depth_of(
+            baseline.model, group[0].point
+        )
+        if engine == "packed" and is_higher and fits([*together, *ordered]):
             together += ordered
             continue
         yield from (together,) if together else ()

@@ -163,9 +163,10 @@ def _run_blocks(
 ) -> Float[Tensor, "row width d"]:
     """Run some blocks on all rows; the last pack's cells are patched in the first of them."""
     model, batch, device = baseline.model, baseline.batch, stream.device
+    packs = [attrs.evolve(pack, owner=pack.owner.to(device), place=pack.place.to(device)) for pack in packs]
     point = packs[-1].cells[0].point
     rows = torch.cat([torch.arange(batch, device=device).repeat_interleave(len(pack.owner)) for pack in packs])
-    place = torch.cat([pack.place.to(device).repeat(batch, 1) for pack in packs])
+    place = torch.cat([pack.place.repeat(batch, 1) for pack in packs])
     ids = baseline.inputs.position_ids
     cache = copy.copy(baseline.cache)
     cache.layers = [
@@ -185,7 +186,7 @@ def _run_blocks(
         try:
             model.hf_model(
                 inputs_embeds=stream,
-                attention_mask=torch.cat([_mask(baseline, pack, stream.dtype) for pack in packs]).to(device),
+                attention_mask=torch.cat([_mask(baseline, pack, stream.dtype) for pack in packs]),
                 position_ids=place if ids is None else ids.to(device)[rows[:, None], place],
                 use_cache=False,
                 **{model.cache_argument: cache},
@@ -264,10 +265,11 @@ def _trimmed(
 
     def few(original: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any) -> Any:
         flat = hidden.flatten(0, 1)
-        output: Any = original(flat[keep][None], *args, **kwargs)
-        if not isinstance(output, Tensor) or output.shape[:2] != (1, len(keep)):
+        kept = keep.to(flat.device)
+        output: Any = original(flat[kept][None], *args, **kwargs)
+        if not isinstance(output, Tensor) or output.shape[:2] != (1, len(kept)):
             return original(hidden, *args, **kwargs)
-        whole: Tensor = output.new_zeros((len(flat), *output.shape[2:])).index_copy_(0, keep, output[0])
+        whole: Tensor = output.new_zeros((len(flat), *output.shape[2:])).index_copy_(0, kept, output[0])
         return whole.view(*hidden.shape[:2], *output.shape[2:])
 
     slot = function_slot(vars(module), "forward", original=module.forward)

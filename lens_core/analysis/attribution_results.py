@@ -122,7 +122,7 @@ class NodeAttribution:
 
     @checks_arguments
     def stacked(self, part: str) -> Float[Tensor, "layer batch ..."]:
-        """Stack the values of one kind of hook point over its layers, such as `"attn.hook_z"`.
+        """Stack the values of one kind of hook point over its layers, such as `"attn.hook_z"`, on the first's device.
 
         Raises:
             ArgumentError: No hook point here is of that kind.
@@ -131,7 +131,7 @@ class NodeAttribution:
         if not names:
             kinds = sorted({_part(name) for name in self.values})
             raise ArgumentError(f"no {part!r} here; there are {', '.join(kinds)}")
-        return torch.stack([self.values[name] for name in names])
+        return torch.stack([self.values[name].to(self.values[names[0]].device) for name in names])
 
     @checks_arguments
     def top_nodes(self, k: int = 10, *, signed: bool = False) -> list[tuple[str, float]]:

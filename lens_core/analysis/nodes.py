@@ -135,7 +135,8 @@ def contributions(cache: "ActivationCache", nodes: Sequence[Node]) -> Float[Tens
         nodes: `Graph.writers`, or some of them, or `Graph.constants`.
 
     Returns:
-        In the order of the nodes, in at least float32; a new tensor, on autograd's graph where the cached values are.
+        In the order of the nodes, in at least float32, on the first one's device; a new tensor, on autograd's graph
+        where the cached values are.
 
     Raises:
         CacheError: A value was not cached, or the cache has no model.
@@ -156,7 +157,8 @@ def contributions(cache: "ActivationCache", nodes: Sequence[Node]) -> Float[Tens
         raise ArgumentError(f"{wrong[0]} reads, and contributes nothing" if wrong else "no nodes are given")
     parts = Decomposition(cache, None)
     together = groupby(nodes, key=lambda node: (node.hook, node.role, node.head is None))
-    return torch.cat([_contributed(parts, list(group)) for _, group in together])
+    each = [_contributed(parts, list(group)) for _, group in together]
+    return torch.cat([one.to(each[0].device) for one in each])
 
 
 def _contributed(parts: Decomposition, nodes: Sequence[Node]) -> Tensor:

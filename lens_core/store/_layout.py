@@ -11,6 +11,7 @@ nothing is appended to, so any number of processes may write at once, and being 
 work.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -356,6 +357,12 @@ def difference(stored: Manifest, asked: Manifest) -> str | None:
     """
     a, b = ({**attrs.asdict(one), "origin": _identity(one.origin)} for one in (stored, asked))
     return next((f"{where}: {x!r} there, {y!r} here" for where, x, y in _leaves("", a, b) if x != y), None)
+
+
+def identity(manifest: Manifest) -> str:
+    """Give a digest of what a store holds, complete or not; versions of torch and transformers aside."""
+    fields = {**attrs.asdict(manifest), "origin": _identity(manifest.origin)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _identity(origin: Mapping[str, str]) -> dict[str, str]:

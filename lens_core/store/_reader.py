@@ -15,6 +15,7 @@ from lens_core import view
 from lens_core._arguments import checks_arguments, is_whole
 from lens_core.errors import ArgumentError, UnknownHookError
 from lens_core.hook_points import HookPoint, HookTable, NameFilter
+from lens_core.store._arrow import to_dataset
 from lens_core.store._batches import StoreDataset, Stream, batches_of
 from lens_core.store._layout import StoredPoint, check_size, read_manifest, records, whole_units
 from lens_core.store._rows import Rows
@@ -327,6 +328,31 @@ class ActivationStore:
             [(3, 96), (2, 96)]
         """
         return StoreDataset(self, self.select(names))
+
+    @checks_arguments
+    def to_dataset(self, path: Any, names: NameFilter = None) -> Any:
+        """Write entries to an Arrow file, a piece at a time, and give it as a `datasets.Dataset`, which maps it.
+
+        Columns are `token`, `document`, `offset`, `position`, `source`, as `Entries` has them, and one for each hook
+        point under its canonical name, in lists of fixed size; bfloat16 becomes float32.
+
+        Args:
+            path: The file, replaced if it is there.
+            names: Hook points: a name, short form, glob, a list of these, or None for all.
+
+        Raises:
+            MissingPackageError: The package datasets is not installed.
+            StoreError: The file cannot be written.
+
+        Example:
+            >>> import tempfile, lens_core as lens
+            >>> model = lens.load("toy:gpt2")
+            >>> store = lens.store.harvest(model, ["the cat sat."], tempfile.mkdtemp(), ("resid_post", 1), context=6)
+            >>> found = store.to_dataset(tempfile.mkdtemp() + "/acts.arrow")
+            >>> found.num_rows, len(found[2]["blocks.1.hook_resid_post"])
+            (5, 96)
+        """
+        return to_dataset(self, self.select(names), path)
 
     def __repr__(self) -> str:
         units = self.n_units

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import attrs
+import numpy as np
 from torch import Tensor
 
 from lens_core._extras import need
@@ -165,13 +166,13 @@ def _column(dataset: Any, column: str | None) -> str:
     return column
 
 
-def check_ids(rows: Sequence[Sequence[int]], d_vocab: int, first: int) -> None:
+def check_ids(rows: Sequence[Any], d_vocab: int, first: int) -> None:
     """Refuse ids that the model has no embedding of.
 
     Raises:
         ArgumentError: One; names its document.
     """
     for index, row in enumerate(rows):
-        largest = max(row, default=0)
+        largest = int(np.max(row, initial=0))
         if largest >= d_vocab:
             raise ArgumentError(f"document {first + index} has the token id {largest}, and the model has {d_vocab}")

@@ -18,6 +18,7 @@ from lens_core.store._layout import Manifest, RowRules
 
 __all__ = ["Row", "Rows", "row_rules", "rows_of_unit", "stacked"]
 
+_ENCODED = 64  # texts at a time
 NONE = -1
 """No token: padding. No document: what was put between documents, or before them."""
 
@@ -104,12 +105,23 @@ def rows_of_unit(model: Any, corpus: Corpus, manifest: Manifest, unit: int) -> t
     check_ids(ids, model.cfg.d_vocab, first)
     if rules.pack:
         return list(_packed(ids, first, rules)), 0
-    rows = [_row(row[: rules.context], first + index) for index, row in enumerate(ids) if row]
+    rows = [_row(row[: rules.context], first + index) for index, row in enumerate(ids) if len(row)]
     return rows, sum(max(len(row) - rules.context, 0) for row in ids)
 
 
-def _ids(model: Any, texts: Sequence[str], rules: RowRules) -> list[list[int]]:
-    """Give the ids of each text: for packing what is in it alone, otherwise with what the tokenizer adds."""
+def _ids(model: Any, texts: Sequence[str], rules: RowRules) -> list[Any]:
+    """Give the ids of each text: for packing what is in it alone, otherwise with what the tokenizer adds.
+
+    Some texts at a time, and in arrays: a tokenizer's own record of a token takes a hundred bytes and more.
+    """
+    found: list[Any] = []
+    for start in range(0, len(texts), _ENCODED):
+        rows = _encoded(model, texts[start : start + _ENCODED], rules)
+        found += [np.asarray(row, dtype=np.int32) for row in rows]
+    return found
+
+
+def _encoded(model: Any, texts: Sequence[str], rules: RowRules) -> list[list[int]]:
     given = [text for text in texts if text]  # an empty one is no document, whatever the tokenizer would add to it
     rows = iter(
         _tokens.to_rows(model.tokenizer, given, prepend_bos=rules.prepend_bos, bare=rules.pack) if given else ()
@@ -117,17 +129,17 @@ def _ids(model: Any, texts: Sequence[str], rules: RowRules) -> list[list[int]]:
     return [next(rows) if text else [] for text in texts]
 
 
-def _row(ids: Sequence[int], document: int) -> Row:
+def _row(ids: Any, document: int) -> Row:
     tokens = np.asarray(ids, dtype=np.int32)
     owners = np.full(len(tokens), document, dtype=np.int64)
     return Row(tokens=tokens, documents=owners, offsets=np.arange(len(tokens), dtype=np.int32))
 
 
-def _packed(ids: Sequence[Sequence[int]], first: int, rules: RowRules) -> Iterator[Row]:
+def _packed(ids: Sequence[Any], first: int, rules: RowRules) -> Iterator[Row]:
     """Put documents one after the other, the separator between two, and cut: each row begins with BOS, if any."""
     pieces = list[Row]()
     for index, document in enumerate(ids):
-        if not document:
+        if not len(document):
             continue
         if pieces and rules.separator is not None:
             pieces.append(_added(rules.separator))

@@ -12,7 +12,7 @@ import attrs
 from benchmarks.settings import FULL, QUICK
 
 # In the order of the table; each module has `rows(settings)`.
-GROUPS = ("importing", "forward", "loading", "holding", "overhead", "families", "states", "sweep")
+GROUPS = ("importing", "forward", "loading", "holding", "overhead", "families", "states", "sweep", "long")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

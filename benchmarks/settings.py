@@ -36,6 +36,10 @@ class Settings:
     """Pairs that a row takes even when its time is over."""
     family: Size
     """The dimensions that families other than GPT-2 are measured at."""
+    deep: Size
+    """Of a long context, where attention is what costs memory."""
+    wide: Size
+    """The same, where the vocabulary does."""
     tiny: Size = TINY
     """The model that microseconds are measured on."""
 
@@ -45,8 +49,12 @@ FULL = Settings(
     threads=2,
     large=Size(n_layers=12, d_model=768, n_heads=12, d_vocab=50257, n_ctx=1024, n_tokens=64),
     family=Size(n_layers=6, d_model=384, n_heads=6, d_vocab=8192, n_ctx=1024, n_tokens=128),
+    deep=Size(n_layers=4, d_model=768, n_heads=12, d_vocab=1000, n_ctx=2048, n_tokens=2048),
+    wide=Size(n_layers=1, d_model=768, n_heads=12, d_vocab=50257, n_ctx=2048, n_tokens=2048),
     new_tokens=20,
     share=1.0,
     at_least=5,
 )
-QUICK = Settings(is_quick=True, threads=1, large=TINY, family=TINY, new_tokens=3, share=0.0, at_least=1)
+QUICK = Settings(
+    is_quick=True, threads=1, large=TINY, family=TINY, deep=TINY, wide=TINY, new_tokens=3, share=0.0, at_least=1
+)

@@ -24,7 +24,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lens_core._attention_part import fire_part
 from lens_core._call import ModuleCall
+from lens_core._choice import together
 from lens_core._context import active_runs
 from lens_core._functions import Slot, function_slot
 from lens_core._graph import during, explicit_where, gradients, with_gradient_of
@@ -260,6 +262,10 @@ class _Handler:
                 result = kernel(module, query, key, value, mask, **kwargs)
             inside.check(module)
             return result
+        part = together([watch.part_asked(query.shape[1]) for watch in watches])
+        if part is not None:
+            fire_part(part, scores, pattern, eager, module, query, key, value, mask, kwargs)
+            return kernel(module, query, key, value, mask, **kwargs)
         additive, length = additive_mask(module, query, key, mask, kwargs, past=self.run.now.past)
         functions = any(watch.entries for watch in watches)
         needs_graph = any(watch.needs_graph for watch in watches)

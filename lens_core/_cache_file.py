@@ -1,21 +1,24 @@
 """Activation caches on disk: safetensors, with what is needed to read the names without the model.
 
 A file of ours says so in its metadata: `format`, `format_version`, `has_batch_dim`, `has_gaps`, `n_layers`, `points`
-(JSON: each name's axes and equation) and `aliases`; and where the values come from: model id and type, passes over its
-weights, plugin, versions. Tensors stand under their canonical names, gradients under `NAME#grad`. Nothing is pickled,
-and nothing in a file is trusted.
+(JSON: each name's axes and equation), `aliases`, and `heads` where scores and patterns have some only; and where the
+values come from: model id and type, passes over its weights, plugin, versions. Tensors stand under their canonical
+names, gradients under `NAME#grad`, and up to seven bytes that align the next tensor under `#fill.N`. Nothing is
+pickled, and nothing in a file is trusted.
 """
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import torch
 from torch import Tensor
 
+from lens_core._arguments import is_whole
+from lens_core._choice import is_by_head
 from lens_core._pass_log import applied_passes
 from lens_core._tensor_file import FileKind, origin
 from lens_core.errors import CacheFileError, UnknownHookError
@@ -24,10 +27,11 @@ from lens_core.hook_points import HookPoint, HookTable
 if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
 
-__all__ = ["KIND", "SavedCache", "check_fit", "parts", "read", "read_parts", "write"]
+__all__ = ["FILL", "KIND", "SavedCache", "check_fit", "metadata_of", "parts", "read", "read_parts", "write"]
 
 KIND = FileKind(what="activation cache", version=1, error=CacheFileError, writer="cache.save(path)")
 GRADIENT = "#grad"
+FILL = "#fill."
 HF_SHAPE = "HF's own"
 
 _OUR_NAME = re.compile(
@@ -48,6 +52,7 @@ class SavedCache:
     """The points that are in the file."""
     has_batch_dim: bool
     has_gaps: bool
+    heads: tuple[int, ...] | None
     metadata: Mapping[str, str]
 
     def to(self, device: torch.device) -> "SavedCache":
@@ -79,13 +84,18 @@ def parts(cache: "ActivationCache") -> tuple[dict[str, Tensor], dict[str, str]]:
         CacheFileError: An entry that is not the name of a hook point.
     """
     tensors = {name: cache[name] for name in cache} | {f"{name}{GRADIENT}": cache.grad[name] for name in cache.grad}
-    for name in cache:
+    return tensors, metadata_of(cache, list(cache))
+
+
+def metadata_of(cache: "ActivationCache", names: Sequence[str]) -> dict[str, str]:
+    """Give a file's metadata, were these the entries of the cache.
+
+    Raises:
+        CacheFileError: Something that is not the name of a hook point.
+    """
+    for name in names:
         _layer_of(name, _MAX_LAYERS)
-    return tensors, _metadata(cache)
-
-
-def _metadata(cache: "ActivationCache") -> dict[str, str]:
-    points = {name: cache.table[name] for name in cache}
+    points = {name: cache.table[name] for name in names}
     model = cache.model
     aliases: Mapping[str, str] = {} if model is None else model.declaration.aliases
     described = {name: {"axes": point.shape, "equation": point.equation} for name, point in points.items()}
@@ -93,6 +103,7 @@ def _metadata(cache: "ActivationCache") -> dict[str, str]:
         **(cache.metadata if model is None else origin(model)),
         "has_batch_dim": json.dumps(cache.has_batch_dim),
         "has_gaps": json.dumps(cache.has_gaps),
+        **({} if cache.heads is None else {"heads": json.dumps(cache.heads)}),
         "n_layers": str(cache.table.n_layers),
         "points": json.dumps(described),
         "aliases": json.dumps({alias: name for alias, name in aliases.items() if name in points}),
@@ -119,6 +130,7 @@ def read_parts(saved: Mapping[str, Tensor], metadata: Mapping[str, str], shown: 
     if not re.fullmatch(r"[0-9]{1,5}", n_layers_text) or has_batch_dim not in ("true", "false"):
         raise CacheFileError(f"{shown!r} is damaged: its metadata lack n_layers or has_batch_dim")
     points = _read_points(metadata.get("points", ""), n_layers=min(int(n_layers_text), _MAX_LAYERS))
+    saved = {name: value for name, value in saved.items() if not name.startswith(FILL)}
     gradients = {name.removesuffix(GRADIENT): value for name, value in saved.items() if name.endswith(GRADIENT)}
     tensors = {name: saved[name] for name in points if name in saved}
     if tensors.keys() != points.keys() or len(tensors) + len(gradients) != len(saved):
@@ -136,6 +148,7 @@ def read_parts(saved: Mapping[str, Tensor], metadata: Mapping[str, str], shown: 
         table=table,
         has_batch_dim=has_batch_dim == "true",
         has_gaps=metadata.get("has_gaps", "false") == "true",
+        heads=_read_heads(metadata.get("heads"), tensors, points, has_batch_dim=has_batch_dim == "true"),
         metadata={key: value for key, value in metadata.items() if key not in ("points", "aliases")},
     )
 
@@ -152,6 +165,21 @@ def _read_points(text: str, *, n_layers: int) -> dict[str, HookPoint]:
         layer = _layer_of(name, n_layers)
         points[name] = HookPoint(name=name, shape=axes, equation=equation, seam=None, layer=layer)
     return points
+
+
+def _read_heads(
+    text: str | None, tensors: Mapping[str, Tensor], points: Mapping[str, HookPoint], *, has_batch_dim: bool
+) -> tuple[int, ...] | None:
+    """Read which heads scores and patterns have; as many as these have."""
+    if text is None:
+        return None
+    heads: Any = json.loads(text)
+    sizes = {tensors[name].shape[int(has_batch_dim)] for name, point in points.items() if is_by_head(point)}
+    if not (isinstance(heads, list) and all(is_whole(head, least=0) for head in cast("list[Any]", heads))):
+        raise CacheFileError(f"the metadata's heads are no list of ints, but {text[:80]!r}")
+    if sizes - {len(cast("list[Any]", heads))}:
+        raise CacheFileError(f"the metadata tell of the heads {text[:80]}, and scores or patterns have {min(sizes)}")
+    return tuple(cast("list[int]", heads))
 
 
 def _read_aliases(text: str, points: Mapping[str, HookPoint]) -> dict[str, str]:
@@ -205,7 +233,10 @@ def check_fit(saved: SavedCache, model: Any, path: str | os.PathLike[str]) -> No
         except UnknownHookError as error:
             raise CacheFileError(f"{shown!r} holds {name!r}, which this model does not have; give no model") from error
         axes = [axis for axis in shape.split() if axis != "batch" or saved.has_batch_dim]
-        expected = [cfg.sizes.get(axis, size) for axis, size in zip(axes, value.shape, strict=False)]
+        sizes = dict(cfg.sizes)
+        if saved.heads is not None and is_by_head(saved.table[name]):
+            sizes["n_heads"] = len(saved.heads)
+        expected = [sizes.get(axis, size) for axis, size in zip(axes, value.shape, strict=False)]
         if shape != saved.table[name].shape or (shape != HF_SHAPE and expected != list(value.shape)):
             raise CacheFileError(
                 f"{name!r} has shape {list(value.shape)} in {shown!r}, where this model has {expected} ({shape}); "

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from lens_core._call import Call
-from lens_core._positions import Positions, leaves_gaps, local_positions
+from lens_core._choice import Choice, Part
+from lens_core._positions import leaves_gaps
 from lens_core.hook_points import HookPoint, Selection
-from lens_core.shapes import axis_index
 
 if TYPE_CHECKING:
     from lens_core.cache import ActivationCache
 
-__all__ = ["CacheSink", "moved", "position_axis"]
+__all__ = ["CacheSink", "moved"]
 
 MAYBE_THE_USERS = ("hook_tokens", "hook_embed")
 """Places whose value may be the very tensor that the user gave as input, and may write to later."""
@@ -35,16 +35,17 @@ class CacheSink:
         incl_bwd: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        pos_slice: Positions = None,
+        choice: Choice | None = None,
     ) -> None:
         # Tensors' backward hooks hold the sink: a strong reference would keep the cache alive as long as the graph, and
         # with undetached entries for ever.
         self._cache = weakref.ref(cache)
-        cache.has_gaps = leaves_gaps(pos_slice)
+        self._choice = choice or Choice()
+        cache.has_gaps, cache.heads = leaves_gaps(self._choice.positions), self._choice.heads
         self.names, self.exact = selection.names, selection.exact
         self.keeps_graph = not detach
         self.wants_gradient = incl_bwd
-        self._device, self._dtype, self._pos_slice = device, dtype, pos_slice
+        self._device, self._dtype = device, dtype
         self._sequence = 0
 
     @property
@@ -63,14 +64,26 @@ class CacheSink:
         self.cache.forget_derived()
         call.sequences[self] = self._sequence
 
+    def part(self, call: Call, n_heads: int) -> Part | None:
+        """Say what it needs of scores and patterns; None for all of them."""
+        return self._choice.part(call, n_heads)
+
     def store(
-        self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
+        self,
+        point: HookPoint,
+        value: Tensor,
+        call: Call,
+        *,
+        is_foreign: bool,
+        by_position: bool = False,
+        part: Part | None = None,
     ) -> None:
         """Take a value; `is_foreign` says that a user's function holds it and may write to it.
 
-        `by_position` says that its gradient will come one position after the other.
+        `by_position` says that its gradient will come one position after the other; `part` which cells it holds, where
+        these are not all.
         """
-        kept = self._sliced(value, point, call)
+        kept = self._choice.of(value, point, call, part=part)
         if self.keeps_graph:
             kept = moved(kept, self._device, self._dtype)
         else:
@@ -85,7 +98,7 @@ class CacheSink:
                 self.cache.grad.expect(point.name, call.past, kept)
             else:
                 for position in range(call.n_pos):
-                    piece = self._sliced(value[:, position : position + 1], point, call, position)
+                    piece = self._choice.of(value[:, position : position + 1], point, call, position)
                     self.cache.grad.expect(point.name, call.past + position, piece)
 
     def store_gradient(self, point: HookPoint, gradient: Tensor, call: Call, *, position: int | None = None) -> None:
@@ -95,24 +108,7 @@ class CacheSink:
         """
         if call.sequences.get(self) == self._sequence and self._cache() is not None:
             first = call.past + (position or 0)
-            self.cache.grad.add(point.name, first, self._sliced(gradient.detach(), point, call, position))
-
-    def _sliced(self, value: Tensor, point: HookPoint, call: Call, position: int | None = None) -> Tensor:
-        axis = position_axis(point.shape)
-        if self._pos_slice is None or axis is None:
-            return value
-        first = call.first_position(value.shape[axis])
-        index = local_positions(self._pos_slice, first=first, total=call.total)
-        if position is not None:
-            whole = local_positions(self._pos_slice, first=call.past, total=call.total)
-            index = [0] if position in whole else []
-        return value.index_select(axis, torch.tensor(index, dtype=torch.long, device=value.device))
-
-
-def position_axis(shape: str) -> int | None:
-    """Find the axis of this call's positions: `pos`, or `query` in scores and patterns."""
-    axis = axis_index(shape, name="pos")
-    return axis_index(shape, name="query") if axis is None else axis
+            self.cache.grad.add(point.name, first, self._choice.of(gradient.detach(), point, call, position))
 
 
 def moved(tensor: Tensor, device: Any, dtype: torch.dtype | None) -> Tensor:

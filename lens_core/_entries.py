@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lens_core._cache_sink import position_axis
+from lens_core._choice import position_axis
 from lens_core.errors import ArgumentError, CacheError, HookError, NotCachedError, UnknownHookError
 from lens_core.hook_points import HookTable
 

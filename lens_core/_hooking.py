@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_core._arguments import checks_arguments
+from lens_core._choice import Choice, read_choice
 from lens_core._compiled import is_compiled
 from lens_core._context import active_run
 from lens_core._declaration import Declaration
@@ -22,7 +23,7 @@ from lens_core._watch import HookEntry, HookFunction, Sink
 from lens_core._wrappers import bare, layers_around
 from lens_core.cache import ActivationCache, CacheSink
 from lens_core.errors import ArgumentError
-from lens_core.hook_points import HookPoint, HookTable, NameFilter
+from lens_core.hook_points import HookPoint, HookTable, NameFilter, Selection
 
 __all__ = ["BoundHookPoint", "Hooked"]
 
@@ -220,6 +221,7 @@ class Hooked:
         device: Any = None,
         dtype: torch.dtype | None = None,
         pos_slice: Any = None,
+        heads: Any = None,
     ) -> Generator[ActivationCache, None, None]:
         """Cache activations of every call inside the block.
 
@@ -232,19 +234,17 @@ class Hooked:
             device: Where to keep them; None for where they are.
             dtype: Kept dtype of floating values.
             pos_slice: Positions to keep (int, slice or ints); the axis stays.
+            heads: Heads to keep of scores and patterns, as positions are given.
         """
-        cache = self.new_cache()
-        sink = CacheSink(
-            cache,
-            self.table.select(names),
-            detach=detach,
-            incl_bwd=incl_bwd,
-            device=device,
-            dtype=dtype,
-            pos_slice=read_positions(pos_slice),
-        )
+        cache, chosen = self.new_cache(), self.table.select(names)
+        choice = self.choice(chosen, pos_slice, heads)
+        sink = CacheSink(cache, chosen, detach=detach, incl_bwd=incl_bwd, device=device, dtype=dtype, choice=choice)
         with self.running((), (sink,)):
             yield cache
+
+    def choice(self, names: Selection, pos_slice: Any, heads: Any) -> Choice:
+        """Read which positions and heads of these hook points to keep."""
+        return read_choice(pos_slice, heads, map(self.table.point, names.names), n_heads=self.declaration.cfg.n_heads)
 
     def new_cache(self) -> ActivationCache:
         """Make an empty cache of this model."""

@@ -4,13 +4,15 @@ Every cast, scale and soft cap is then that model's own. The key axis that is sh
 of a static cache are trimmed, and keys that a sliding window's cache has dropped are shown as masked.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lens_core._choice import Part
 from lens_core._graph import FunctionMode
 from lens_core._watch import Watch
 from lens_core.errors import UnsupportedHookError
@@ -36,9 +38,15 @@ class InsideSoftmax(FunctionMode):
         is_real: bool,
         masked: Bool[Tensor, "..."] | None,
         stops: bool = False,
+        part: Part | None = None,
     ) -> None:
-        """Serve these watches; `is_real` says that the result is the model's, `stops` that only the pattern matters."""
+        """Serve these watches.
+
+        `is_real` says that the result is the model's, `stops` that only the pattern matters, `part` which cells are
+        computed, where these are not all.
+        """
         super().__init__()
+        self.part = part
         self.scores, self.pattern = scores, pattern
         self.is_real, self.masked, self.stops = is_real, masked, stops
         self.softmaxes = 0
@@ -79,16 +87,18 @@ class InsideSoftmax(FunctionMode):
         pattern = func(scores, *rest, **kwargs)
         if self.pattern is not None and self.sinks:
             cells = pattern[..., : -self.sinks]
-            cells = self._noted(cells, _fire_pattern(self.pattern, cells, scores.dtype))
+            cells = self._noted(cells, _fire_pattern(self.pattern, cells, scores.dtype, self.part))
             pattern = torch.cat([cells, pattern[..., -self.sinks :].to(cells.dtype)], dim=-1)
         elif self.pattern is not None:
-            pattern = self._noted(pattern, _fire_pattern(self.pattern, pattern, scores.dtype))
+            pattern = self._noted(pattern, _fire_pattern(self.pattern, pattern, scores.dtype, self.part))
         if self.stops:
             raise Enough
         return pattern
 
     def _scores(self, cells: Tensor) -> Tensor:
-        return cells if self.scores is None else self._noted(cells, _fire_scores(self.scores, cells, self.masked))
+        if self.scores is None:
+            return cells
+        return self._noted(cells, _fire_scores(self.scores, cells, self.masked, self.part))
 
     def _noted(self, before: Tensor, after: Tensor) -> Tensor:
         if after is not before:
@@ -110,25 +120,27 @@ def _is_sink(tensors: Any, dim: int | None) -> bool:
     return len(tensors) == 2 and dim == -1 and tensors[0].ndim == 4 and tensors[1].shape[-1] == 1
 
 
-def _fire_pattern(watch: Watch, pattern: Float[Tensor, "batch heads query slots"], dtype: torch.dtype) -> Tensor:
+def _fire_pattern(
+    watch: Watch, pattern: Float[Tensor, "batch heads query slots"], dtype: torch.dtype, part: Part | None
+) -> Tensor:
     """Show the pattern in the scores' dtype: where the softmax is float32's, HF casts to that before using it."""
     keys, dropped = _real_keys(watch, pattern)
     real = (pattern if keys == pattern.shape[-1] else pattern[..., :keys]).to(dtype)
     shown = pad(real, (dropped, 0)) if dropped else real
-    new = watch.fire(shown, beside=True)
+    new = watch.fire(shown, beside=True, part=part)
     if new is shown and not (watch.rerouted and shown is not pattern):
         return pattern
     return _put_back(new[..., dropped:], pattern.to(dtype), keys)
 
 
-def _fire_scores(watch: Watch, scores: Tensor, masked: Tensor | None) -> Tensor:
+def _fire_scores(watch: Watch, scores: Tensor, masked: Tensor | None, part: Part | None) -> Tensor:
     """Show scores with -inf in masked cells; HF's own finite number goes back where a function left -inf."""
     keys, dropped = _real_keys(watch, scores)
     real = scores if keys == scores.shape[-1] else scores[..., :keys]
     hidden = None if masked is None else masked[..., :keys].expand_as(real)
     shown = real if hidden is None else real.masked_fill(hidden, float("-inf"))
     shown = pad(shown, (dropped, 0), value=float("-inf")) if dropped else shown
-    new = watch.fire(shown, beside=True)
+    new = watch.fire(shown, beside=True, part=part)
     if not watch.edited and not watch.rerouted:
         return scores
     new = new[..., dropped:]
@@ -158,18 +170,26 @@ def masked_cells(mask: Tensor | None) -> Bool[Tensor, "..."] | None:
 
 
 def additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], *, past: int
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+    *,
+    past: int,
+    rows: Int[Tensor, " row"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads query key"] | None, int]:
     """Bring the mask of any kernel to the additive form of the eager one; also give the number of keys it covers.
 
     SDPA's is additive, boolean or None, flash attention's a padding mask `[batch, key]` or None, flex attention's a
-    `BlockMask`. None means causal where the module is and more than one position asks.
+    `BlockMask`. None means causal where the module is and more than one position asks. `rows` are those of the call's
+    positions that the mask is wanted for, the others are never made; None for all.
     """
     n_query, n_key = query.shape[2], key.shape[2]
     if mask is not None and not isinstance(mask, Tensor):
-        from torch.nn.attention.flex_attention import create_mask
-
-        mask = create_mask(mask.mask_mod, query.shape[0], None, n_query, n_key, device=str(query.device))
+        mask = _from_blocks(mask, query, n_key, rows)
+    elif mask is not None and mask.ndim == 4 and rows is not None and mask.shape[2] == n_query:
+        mask = mask[:, :, rows]
     if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
         return mask, mask.shape[-1]
     if mask is not None and mask.ndim == 4:
@@ -179,7 +199,8 @@ def additive_mask(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         length = min(n_key, past + n_query) if mask is None and causal else n_key
         keys = torch.arange(length, device=query.device)
-        queries = torch.arange(n_query, device=query.device)[:, None] + (length - n_query)
+        asking = torch.arange(n_query, device=query.device) if rows is None else rows
+        queries = asking[:, None] + (length - n_query)
         closed = (keys > queries)[None, None] if causal else torch.zeros_like(keys > queries)[None, None]
         if mask is not None:
             closed = closed | ~mask[:, None, None, :length].bool()
@@ -187,3 +208,17 @@ def additive_mask(
             return None, length if causal else n_key
     lowest = torch.finfo(query.dtype).min
     return torch.zeros_like(closed, dtype=query.dtype).masked_fill(closed, lowest), length
+
+
+def _from_blocks(mask: Any, query: Tensor, n_key: int, rows: Tensor | None) -> Bool[Tensor, "batch heads query key"]:
+    """Write flex attention's mask out."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    function, n_query = mask.mask_mod, query.shape[2]
+    if rows is not None:
+        function, n_query = partial(_at_rows, function, rows), len(rows)
+    return create_mask(function, query.shape[0], None, n_query, n_key, device=str(query.device))
+
+
+def _at_rows(function: Any, rows: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Any:
+    return function(batch, head, rows[row], key)

@@ -69,18 +69,21 @@ class FileKind:
             raise self.error(f"{os.fspath(target)!r} is a folder; give the path of a file")
         return target
 
+    def marked(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Give metadata that also say which kind of file it is, and of which version."""
+        return {**metadata, "format": self.format, "format_version": str(self.version)}
+
     def write(self, target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write tensors to a file beside the target, which then takes its place.
 
         Raises:
             LensError: `error`; the file cannot be written there, or a tensor cannot be stored.
         """
-        marked = {**metadata, "format": self.format, "format_version": str(self.version)}
         part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         try:
             with part.open("xb"):
                 mode = part.stat().st_mode  # as the process's umask has it; safetensors makes files for the owner only
-            cast("Any", safetensors.torch).save_file(_separate(tensors), part, metadata=marked)
+            cast("Any", safetensors.torch).save_file(_separate(tensors), part, metadata=self.marked(metadata))
             part.chmod(mode)
             part.replace(target)
         except Exception as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lens_core._call import Call
+from lens_core._choice import Part, together
 from lens_core._graph import gradients
 from lens_core._positions import Positions, local_positions, outside_positions
 from lens_core.errors import ArgumentError, HookFunctionError, HookValueError, LensError, UnsupportedHookError
@@ -101,8 +102,16 @@ class Sink(Protocol):
     def wants_gradient(self) -> bool: ...
 
     def begin(self, call: Call) -> None: ...
+    def part(self, call: Call, n_heads: int) -> Part | None: ...
     def store(
-        self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
+        self,
+        point: HookPoint,
+        value: Tensor,
+        call: Call,
+        *,
+        is_foreign: bool,
+        by_position: bool = False,
+        part: Part | None = None,
     ) -> None: ...
     def store_gradient(
         self, point: HookPoint, gradient: Tensor, call: Call, *, position: int | None = None
@@ -153,8 +162,23 @@ class Watch:
         """Whether a value that is computed beside the model must be computed with gradients."""
         return torch.is_grad_enabled() and (bool(self.entries) or self.keeps_graph)
 
+    def part_asked(self, n_heads: int) -> Part | None:
+        """Say which cells of scores or a pattern are wanted; None for all.
+
+        A function, or a gradient, has them all; and where heads are cut over processes, each computes all of its own.
+        """
+        if self.entries or self.keeps_graph or self.run.shards is not None:
+            return None
+        return together([sink.part(self.run.now, n_heads) for sink in self.sinks])
+
     def fire(
-        self, value: Tensor, *, beside: bool = False, is_written_in_place: bool = False, real: Tensor | None = None
+        self,
+        value: Tensor,
+        *,
+        beside: bool = False,
+        is_written_in_place: bool = False,
+        real: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """Pass a value through the hooks and into the caches; `edited` and `rerouted` tell what became of it.
 
@@ -162,19 +186,28 @@ class Watch:
         `beside` says that the value was computed beside the model, which needs `edited` to compare bits: an identity
         edit then leaves the model's own computation in place. `is_written_in_place` says that what changes is written
         into the tensor itself, which must then not be given another name in the graph. `real` `[batch, pos]` is
-        False at padding, where the value stays as it was whatever a function returns.
+        False at padding, where the value stays as it was whatever a function returns. `part` says which cells the
+        value holds, where `part_asked` told so.
 
         Of a value that is cut over processes, functions and caches see the whole, and this process' part goes on.
         """
         shards = self.run.shards
         axis = None if shards is None else shards.cut_axis(self.point, value, self.run.sizes)
         if shards is None or axis is None:
-            return self._fire(value, beside=beside, is_written_in_place=is_written_in_place, real=real)
+            return self._fire(value, beside=beside, is_written_in_place=is_written_in_place, real=real, part=part)
         whole = shards.whole(value, axis=axis, length=self.run.sizes[self.point.shape.split()[axis]])
         new = self._fire(whole, beside=beside, real=real)
         return value if new is whole else shards.part(new, axis=axis)
 
-    def _fire(self, value: Tensor, *, beside: bool, is_written_in_place: bool = False, real: Tensor | None) -> Tensor:
+    def _fire(
+        self,
+        value: Tensor,
+        *,
+        beside: bool,
+        is_written_in_place: bool = False,
+        real: Tensor | None,
+        part: Part | None = None,
+    ) -> Tensor:
         call = self.run.now
         call.fired[self.name] = call.fired.get(self.name, 0) + 1
         self.edited = self.rerouted = False
@@ -184,7 +217,7 @@ class Watch:
         if self.keeps_graph and torch.is_grad_enabled() and value.is_floating_point():
             value = self._on_graph(value if is_written_in_place else value.view_as(value), call)
         for sink in self.sinks:
-            sink.store(self.point, value, call, is_foreign=value is not original)
+            sink.store(self.point, value, call, is_foreign=value is not original, part=part)
         return value
 
     # ------------------------------------------------------------------ one position after the other

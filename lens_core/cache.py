@@ -39,6 +39,7 @@ class ActivationCache(Entries):
         grad: Gradients at the same hook points, where they were asked for.
         has_batch_dim: False after `remove_batch_dim`.
         has_gaps: Whether `pos_slice` left out positions between those that are here.
+        heads: Which heads scores and patterns have, where a run chose some; None for all.
         metadata: What a file said of the run: model id, plugin and versions; empty for a cache of this process.
 
     Example:
@@ -68,6 +69,7 @@ class ActivationCache(Entries):
         self.passes = () if model is None else applied_passes(model.bare_model)
         self.has_batch_dim = has_batch_dim
         self.has_gaps = False
+        self.heads: tuple[int, ...] | None = None
         self.grad = Gradients(gradients or {}, table=table, has_batch_dim=has_batch_dim, is_from_file=model is None)
         self.metadata: Mapping[str, str] = dict(metadata or {})
 
@@ -217,7 +219,7 @@ class ActivationCache(Entries):
             gradients={name: take(name, self.grad[name]) for name in self.grad},
             metadata=self.metadata,
         )
-        new.has_gaps, new.passes = self.has_gaps, self.passes
+        new.has_gaps, new.heads, new.passes = self.has_gaps, self.heads, self.passes
         return new
 
     def _is_ours(self, name: str) -> bool:
@@ -293,7 +295,7 @@ class ActivationCache(Entries):
             gradients=saved.gradients,
             metadata=saved.metadata,
         )
-        cache.has_gaps = saved.has_gaps
+        cache.has_gaps, cache.heads = saved.has_gaps, saved.heads
         return cache
 
     # ------------------------------------------------------------------ copies

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lens_core import tokens as _tokens
 from lens_core._arguments import checks_arguments
+from lens_core._caching import run_with_cache
 from lens_core._copies import copy_model, deepcopy_model, reduce_model
 from lens_core._declaration import LensConfig
 from lens_core._hf_cache import cache_in, note_length
@@ -18,14 +19,12 @@ from lens_core._loading import Loaded, load_hf, tokenizer_options
 from lens_core._pass_log import PassRecord, applied_passes, log_of
 from lens_core._pieces import Pieces
 from lens_core._plan import StopForward
-from lens_core._positions import read_positions
 from lens_core._state import extended, fills_cache, read_past
 from lens_core._state_file import load_state, save_state
 from lens_core._weight_methods import WeightMethods
-from lens_core.cache import ActivationCache, CacheSink
+from lens_core.cache import ActivationCache
 from lens_core.errors import ArgumentError, InputError
 from lens_core.generation import generate, generate_stream
-from lens_core.hook_points import NameFilter
 from lens_core.passes import process_loaded, process_weights, read_process, undo_passes
 from lens_core.saes._block import splice_saes
 
@@ -287,67 +286,6 @@ class LensModel(Pieces, WeightMethods):
         return first, last
 
     @checks_arguments
-    def run_with_cache(
-        self,
-        input: Any,
-        *,
-        names_filter: NameFilter = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        pos_slice: Any = None,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        return_cache_object: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the model and cache activations; gives `(output, cache)`.
-
-        Args:
-            input: As in `forward`.
-            names_filter: A name, short form, glob, list of names or predicate; None for the default names. The
-                starred names of the contract cost memory or time and are cached only when asked for.
-            device: Where to keep the activations; the model stays.
-            dtype: Kept dtype of floating activations.
-            remove_batch_dim: Drop the batch axis of a batch of one.
-            incl_bwd: Call `backward()` on the output, which must be a scalar (`return_type="loss"`), and keep the
-                gradients in `cache.grad`.
-            pos_slice: Positions to keep; the axis stays.
-            reset_hooks_end: TransformerLens' name; the cache's own taps always go, and added hooks always stay.
-            clear_contexts: Whether every `ctx` is emptied at the end.
-            return_cache_object: False gives a dictionary instead.
-            **kwargs: As in `forward`.
-
-        Example:
-            >>> import lens_core as lens
-            >>> model = lens.load("toy:gpt2")
-            >>> logits, cache = model.run_with_cache("the cat sat", names_filter="pattern")
-            >>> cache["pattern", 1].ndim
-            4
-        """
-        cache = self.new_cache()
-        sink = CacheSink(
-            cache,
-            self.table.select(names_filter),
-            incl_bwd=incl_bwd,
-            device=device,
-            dtype=dtype,
-            pos_slice=read_positions(pos_slice),
-        )
-        try:
-            with self.running((), (sink,)):
-                output = self.forward(input, **kwargs)
-                if incl_bwd:
-                    _backward(output[0] if kwargs.get("return_state") else output)
-        finally:
-            if clear_contexts:
-                self.clear_contexts()
-        if remove_batch_dim:
-            cache.remove_batch_dim()
-        return output, cache if return_cache_object else dict(cache)
-
-    @checks_arguments
     def run_with_hooks(
         self,
         input: Any,
@@ -381,6 +319,7 @@ class LensModel(Pieces, WeightMethods):
     __copy__ = copy_model
     __deepcopy__ = deepcopy_model
     __reduce_ex__ = reduce_model
+    run_with_cache = run_with_cache
     generate = generate
     generate_stream = generate_stream
     process_weights = process_weights
@@ -392,9 +331,3 @@ class LensModel(Pieces, WeightMethods):
     def new_cache(self) -> ActivationCache:
         """Make an empty cache of this model."""
         return ActivationCache(table=self.table, model=self)
-
-
-def _backward(output: Any) -> None:
-    if not isinstance(output, Tensor) or output.numel() != 1 or not output.requires_grad:
-        raise ArgumentError("incl_bwd needs a scalar output with gradients: return_type='loss', no torch.no_grad()")
-    torch.autograd.backward(output)

@@ -179,7 +179,8 @@ def _patterns(
     for name, heads in whole.items():
         if shown and heads[0].numel() * (len(shown) + len(heads)) > _PICTURED:
             break
-        shown |= {f"L{cache.table[name].layer}H{head}": each for head, each in enumerate(heads.float())}
+        numbers = range(len(heads)) if cache.heads is None else cache.heads
+        shown |= {f"L{cache.table[name].layer}H{head}": each for head, each in zip(numbers, heads.float(), strict=True)}
     story = "Each square is one head: row by row, how a token spreads its attention over the tokens before it."
     if len(whole) < len(every):
         story += (

@@ -159,6 +159,8 @@ def _head_sources(parts: Decomposition, layer: int, target: int) -> Tensor:
             f"by source, the cache must hold all positions from the first on: the pattern of block {layer} has "
             f"{pattern.shape[2]} queries and {pattern.shape[3]} keys, and there are {v.shape[1]} values"
         )
+    if cache.heads is not None:
+        raise CacheError(f"by source, all heads are needed, and this cache has the patterns of heads {cache.heads}")
     onward = onward_of(parts, layer, "hook_attn_out")
     rows = parts.measure.rows(onward.rows(model_of(cache).weight("W_O", layer).detach()))  # head d_head 1
     v = v.repeat_interleave(len(rows) // v.shape[2], dim=2).to(rows)

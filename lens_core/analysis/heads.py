@@ -183,12 +183,18 @@ def head_scores(cache: ActivationCache, places: Bool[Tensor, "batch query key"])
         if layer is None or not name.endswith(".hook_pattern"):
             continue
         pattern = cache[name] if cache.has_batch_dim else cache[name][None]
-        scores |= {(layer, head): float(share) for head, share in enumerate(attention_share(pattern, places))}
+        shares = attention_share(pattern, places)
+        scores |= {(layer, head): float(share) for head, share in zip(_heads(cache, pattern), shares, strict=True)}
     if not scores and not any(name.endswith(".hook_pattern") for name in cache.table):
         raise CacheError("this model has no attention heads; for state-space mixers see cache.effective_attention")
     if not scores:
         raise CacheError("no attention pattern is cached; run with names_filter='pattern', or None for all defaults")
     return scores
+
+
+def _heads(cache: ActivationCache, pattern: Tensor) -> Sequence[int]:
+    """List the heads that a pattern has: all, or those that the run chose."""
+    return range(pattern.shape[1]) if cache.heads is None else cache.heads
 
 
 def heads_above(scores: Mapping[tuple[int, int], float], threshold: float) -> list[tuple[int, int]]:

@@ -74,8 +74,18 @@ class Capture:
     def begin(self, call: Call) -> None:
         """Do nothing."""
 
+    def part(self, call: Call, n_heads: int) -> None:
+        """Ask for the whole of a value."""
+
     def store(
-        self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
+        self,
+        point: HookPoint,
+        value: Tensor,
+        call: Call,
+        *,
+        is_foreign: bool,
+        by_position: bool = False,
+        part: object = None,
     ) -> None:
         """Keep the value until the call is over."""
         call.scratch[self] = value.clone() if is_foreign else value

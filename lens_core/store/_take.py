@@ -39,8 +39,18 @@ class Take:
     def begin(self, call: Call) -> None:
         """Start a call."""
 
+    def part(self, call: Call, n_heads: int) -> None:
+        """Ask for the whole of a value."""
+
     def store(
-        self, point: HookPoint, value: Tensor, call: Call, *, is_foreign: bool, by_position: bool = False
+        self,
+        point: HookPoint,
+        value: Tensor,
+        call: Call,
+        *,
+        is_foreign: bool,
+        by_position: bool = False,
+        part: object = None,
     ) -> None:
         """Take a value; the last that was asked for ends the forward."""
         kept = value.detach()

@@ -57,7 +57,7 @@ def the_pattern_is_shifted(patch: Patch, family: Family) -> None:
         patch,
         _softmax,
         "_fire_pattern",
-        lambda fire, watch, pattern, dtype: fire(watch, pattern.roll(1, -1) * 0.9, dtype),
+        lambda fire, watch, pattern, *rest: fire(watch, pattern.roll(1, -1) * 0.9, *rest),
     )
 
 

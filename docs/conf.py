@@ -32,7 +32,7 @@ nitpick_ignore_regex = [
     # What a report is made of, shown under its public name.
     (r"py:class", r"lens_conformance\.(case|report)\..*"),
     # What a seam is handed when it is installed, shown under its public name; and a type variable.
-    (r"py:class", r"Run|lens_core\._(plan|views|watch|call|cache_file)\..*|lens_core\._pieces\._Model"),
+    (r"py:class", r"Run|lens_core\._(plan|views|watch|call|cache_file|choice)\..*|lens_core\._pieces\._Model"),
 ]
 
 

@@ -109,15 +109,19 @@ def to_rows(
     Example:
         >>> import lens_core as lens
         >>> tokenizer = lens.load("toy:llama").tokenizer
-        >>> [len(row) for row in to_rows(tokenizer, ["the cat", "the"])]
-        [3, 2]
-        >>> [len(row) for row in to_rows(tokenizer, ["the cat", "the"], bare=True)]
-        [2, 1]
+        >>> [[len(row) for row in to_rows(tokenizer, ["the cat", "the"], bare=bare)] for bare in (False, True)]
+        [[3, 2], [2, 1]]
     """
-    tokenizer = _present(tokenizer)
-    if bare:
-        return encode(tokenizer, list(texts), add_special_tokens=False)
-    return _text_rows(tokenizer, list(texts), prepend_bos)
+    hf = _present(tokenizer)
+    rows = encode(hf, list(texts), add_special_tokens=prepend_bos is None and not bare)
+    if prepend_bos is None or bare:
+        return rows
+    bos = hf.bos_token_id
+    before, after = added_tokens(hf, texts[0])
+    before = [token for token in before if token != bos]
+    if not prepend_bos:
+        return [before + row + after for row in rows]
+    return [[bos, *before, *_without_leading(row, bos), *after] for row in rows]  # a typed BOS is the one asked for
 
 
 def _present(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -172,7 +176,7 @@ def _rows(
         message = "prepend_bos=True, and the tokenizer has no BOS token. Set tokenizer.bos_token, or leave it out."
         raise TokenizerError(message)
     if _all_strings(texts):
-        rows = _text_rows(tokenizer, texts, prepend_bos)
+        rows = to_rows(tokenizer, texts, prepend_bos=prepend_bos)
     else:
         rows = [apply_template(tokenizer, messages) for messages in texts if not isinstance(messages, str)]
         if prepend_bos is not None:
@@ -183,18 +187,6 @@ def _rows(
             message = f"{text!r} gives no tokens. Give some text, or pass prepend_bos=True for the BOS token alone."
             raise EmptyInputError(message)
     return rows
-
-
-def _text_rows(tokenizer: Tokenizer, texts: list[str], prepend_bos: bool | None) -> list[list[int]]:
-    rows = encode(tokenizer, texts, add_special_tokens=prepend_bos is None)
-    if prepend_bos is None:
-        return rows
-    bos = tokenizer.bos_token_id
-    before, after = added_tokens(tokenizer, texts[0])
-    before = [token for token in before if token != bos]
-    if not prepend_bos:
-        return [before + row + after for row in rows]
-    return [[bos, *before, *_without_leading(row, bos), *after] for row in rows]  # a typed BOS is the one asked for
 
 
 def _all_strings(texts: Sequence[object]) -> TypeGuard[list[str]]:

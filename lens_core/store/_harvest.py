@@ -11,6 +11,7 @@ import torch
 
 from lens_core._arguments import checks_arguments, is_whole
 from lens_core._positions import read_positions
+from lens_core._shards import find_shards
 from lens_core.errors import ArgumentError, StoreError
 from lens_core.hook_points import NameFilter
 from lens_core.store._corpus import Corpus, open_corpus
@@ -72,7 +73,8 @@ def harvest(
 
     Interrupted in any way, the same call goes on with the first shard that is not complete, and ends with the same
     store, bit for bit where the model's own forward gives the same bits. Processes that `accelerate launch` or
-    `torchrun` started share the work, whatever their number each time.
+    `torchrun` started share the work, whatever their number each time; where they run one model together, by tensor
+    parallelism, the first of them writes.
 
     Args:
         model: The model, in evaluation mode.
@@ -121,7 +123,7 @@ def harvest(
             raise ArgumentError(f"{name} is a positive number; got {value!r}")
     if model.bare_model.training:
         raise ArgumentError("the model is in training mode, where dropout draws; call model.eval() first")
-    target, mine = Path(folder), ranks()
+    target, mine, is_cut = Path(folder), ranks(), _is_cut(model)
     corpus = open_corpus(data, column=column, split=split, sample_by=sample_by, limit=limit)
     rules = row_rules(
         model,
@@ -147,7 +149,14 @@ def harvest(
         shard_rows=shard_rows,
     )
     job = Job(
-        model=model, corpus=corpus, manifest=manifest, folder=target, batch_size=batch_size, mine=mine, report=report
+        model=model,
+        corpus=corpus,
+        manifest=manifest,
+        folder=target,
+        batch_size=batch_size,
+        mine=Ranks() if is_cut else mine,
+        writes=not is_cut or mine.index == 0,
+        report=report,
     )
     with _ready(target, manifest, mine):
         try:
@@ -159,6 +168,18 @@ def harvest(
 
 
 # ---------------------------------------------------------------------- before the run
+
+
+def _is_cut(model: "LensModel") -> bool:
+    """Whether these processes run one model together: each then runs all rows, and the first writes."""
+    shards = find_shards(model.bare_model)
+    distributed: Any = torch.distributed
+    if shards is not None and shards.count != distributed.get_world_size():
+        raise ArgumentError(
+            f"the model is cut over {shards.count} of {distributed.get_world_size()} processes; a harvest takes one "
+            "model over all of them, or a whole model in each"
+        )
+    return shards is not None
 
 
 def _dtype(given: Any) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lens_core._shards import is_cut
 from lens_core._tensor_file import origin
 
 __all__ = ["origin_of", "weights_digest"]
@@ -26,11 +27,12 @@ def origin_of(model: Any) -> dict[str, str]:
 def weights_digest(model: Any) -> str:
     """Give a digest of some numbers of each weight: it tells models apart, and costs no pass over them.
 
-    Weights that are offloaded are told by name and shape alone.
+    Weights that are offloaded are told by name and shape alone; of those that are cut over processes, this one's part.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.bare_model.state_dict().items()):
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+    for name, parameter in sorted(model.bare_model.state_dict().items()):
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        weight = parameter.to_local() if is_cut(parameter) else parameter
         if weight.is_meta or not weight.numel():
             continue
         flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()

@@ -61,6 +61,9 @@ class Job:
     folder: Path
     batch_size: int
     mine: Ranks
+    """Which share of the documents falls to this process."""
+    writes: bool = True
+    """Whether it writes what it computes: of the processes of a model that is cut over them, the first alone does."""
     report: Callable[[Progress], None] | None
 
     def units(self) -> range:
@@ -141,27 +144,40 @@ def _write(
         entries=starts[-1],
         cut=part.cut,
     )
-    shard = Shard(
-        job.folder / f"{record(nbytes=0, sha256='').stem}.safetensors",
-        {name: (dtype, tuple(rows.tokens.shape)) for name, dtype in COLUMNS.items()}
-        | {point.name: (point.torch_dtype, (starts[-1], *point.shape)) for point in job.manifest.points},
-        {"format": "lens activation store, a shard"},
-    )
-    unfinished.add(shard)
-    writer.do(lambda: [shard.write(name, getattr(rows, name)) for name in COLUMNS])
+    shard = _begun(job, record(nbytes=0, sha256=""), rows) if job.writes else None
+    if shard is not None:
+        unfinished.add(shard)
+        writer.do(partial(_place_rows, shard, rows))
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for batch in _chunks(order, job.batch_size):
         pieces = _forward(job.model, rows, batch, lengths[batch[0]], take)
-        writer.do(partial(_place, shard, pieces, _runs([(starts[row], counts[row]) for row in batch])))
+        if shard is not None:
+            writer.do(partial(_place, shard, pieces, _runs([(starts[row], counts[row]) for row in batch])))
         meter.add(sum(lengths[row] for row in batch), part.documents, len(batch) / len(lengths))
 
-    def commit() -> None:
+    def commit(shard: Shard) -> None:
         digest = shard.commit()
         unfinished.discard(shard)
         record(nbytes=shard.nbytes, sha256=digest).write(job.folder)
 
-    writer.do(commit)
+    if shard is not None:
+        writer.do(partial(commit, shard))
     meter.end(part.documents[1])
+
+
+def _begun(job: Job, record: Record, rows: Rows) -> Shard:
+    """Make the file of a shard, with a place for everything."""
+    return Shard(
+        record.file(job.folder),
+        {name: (dtype, tuple(rows.tokens.shape)) for name, dtype in COLUMNS.items()}
+        | {point.name: (point.torch_dtype, (record.entries, *point.shape)) for point in job.manifest.points},
+        {"format": "lens activation store, a shard"},
+    )
+
+
+def _place_rows(shard: Shard, rows: Rows) -> None:
+    for name in COLUMNS:
+        shard.write(name, getattr(rows, name))
 
 
 def _forward(model: "LensModel", rows: Rows, batch: list[int], width: int, take: Take) -> dict[str, Tensor]:

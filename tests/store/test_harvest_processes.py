@@ -9,10 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from golden.tiny import tiny_gpt2, tiny_tokenizer
+from golden.tiny_llama import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from store.subject import digests, id_rows, texts
+from store.cut_worker import NAMES, SETTINGS
+from store.subject import digests, id_rows, shards, texts
 
 import lens_core as lens
 from lens_core.store._corpus import open_corpus
@@ -20,6 +23,7 @@ from lens_core.store._layout import Manifest, RowRules
 from lens_core.store._ranks import Ranks
 from lens_core.store._writing import Job
 
+TESTS = Path(__file__).parents[1]
 OPTIONS = ["--names", "*hook_resid_post", "--context", "8", "--unit-documents", "25", "--shard-rows", "4"]
 
 
@@ -94,6 +98,27 @@ def test_all_processes_are_told_why_the_first_refuses(corpus, tmp_path):
     assert "thesis.tex" in said
     assert "process 0 could not begin" in said
     assert not list(tmp_path.glob("00-*"))
+
+
+def test_a_model_that_is_cut_over_processes_is_harvested_once(tmp_path):
+    """By tensor parallelism each process has a part of each layer; the first alone writes, and writes whole tensors."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, TESTS / "store" / "cut_worker.py", tmp_path / "model", tmp_path / "cut"],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = lens.load(tiny_llama(), tokenizer=False)
+    whole = lens.store.harvest(model, id_rows(), tmp_path / "whole", NAMES, **SETTINGS)
+    cut = lens.store.ActivationStore(tmp_path / "cut")
+    assert [record.stem for record in cut.records] == [record.stem for record in whole.records]
+    assert cut.is_complete
+    for a, b in zip(shards(cut), shards(whole), strict=True):
+        assert torch.equal(a["tokens"], b["tokens"])
+        for name in NAMES:
+            assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-5), name
 
 
 @given(n_documents=st.integers(1, 300), size=st.integers(1, 40), count=st.integers(1, 9))

@@ -152,32 +152,44 @@ def _difference_of_logits(logits: Tensor) -> Tensor:
 
 
 def _harvest(bench: Bench, row: str) -> Cell:
-    """Measure all tokens once; a share of them goes through HF, to the same layer and to no disk, before and after."""
+    """Measure in eighths of the tokens: each goes through HF, to the same layer and to no disk, and to the library."""
     settings, library, reference = bench.settings, bench.library, bench.reference
     batch, positions = settings.harvest_shape
     last = bench.middle - 1
     layers = tuple(dict.fromkeys((last // 3, 2 * last // 3, last)))
     count = max(settings.harvest_tokens // (batch * positions), 1)
     batches = list(bench.tokens(count * batch, positions).split(batch))
-    share = batches[: -(-count // 8)]
     until = reference.until(last + 1)
-    plain = Side(call=lambda: [until(tokens) for tokens in share])
     expected = reference.residuals(batches[0])[last].flatten(0, 1)
-    with TemporaryDirectory() as small, TemporaryDirectory() as large:
-        library.harvest(batches[:2], layers, Path(small))
+    pairs = list[Pair]()
+    with TemporaryDirectory() as folder:
+        library.harvest(batches[:2], layers, _folder(folder, "warm"))
         until(batches[0])
-        before = timed(plain, 1)
-        ours = timed(Side(call=partial(library.harvest, batches, layers, Path(large))), 1)
-        after = timed(plain, 1)
-        found = library.harvested(Path(large), last, len(expected))
+        share = -(-count // 8)
+        for start in range(0, count, share):
+            part, target = batches[start : start + share], _folder(folder, start)
+            sides = [
+                Side(call=lambda part=part: [until(tokens) for tokens in part]),
+                Side(call=partial(library.harvest, part, layers, target)),
+            ]
+            is_second = start // share % 2
+            times = [timed(side, 1) for side in (reversed(sides) if is_second else sides)]
+            plain, ours = reversed(times) if is_second else times
+            pairs.append(Pair(plain[0], ours[0], plain[1], ours[1]))
+        found = library.harvested(_folder(folder, 0), last, len(expected))
     return Cell.of_pairs(
-        [Pair(wall, ours[0], processor, ours[1]) for wall, processor in (before, after)],
-        per_plain=count / len(share),
+        pairs,
         model=bench.model,
         row=row,
         size=f"{count * batch * positions:,} tokens".replace(",", " "),
         difference=_furthest([found], [expected]),
     )
+
+
+def _folder(base: str, name: object) -> Path:
+    folder = Path(base) / str(name)
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _states(bench: Bench, row: str) -> Cell:

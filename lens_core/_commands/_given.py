@@ -11,7 +11,7 @@ from lens_core.errors import ArgumentError, EmptyInputError
 if TYPE_CHECKING:
     from lens_core.model import LensModel
 
-MODEL_HELP = "an HF id, a local folder, or a toy such as toy:gpt2 or toy:mamba"
+MODEL_HELP = "an HF id, a local folder, or a toy such as toy:gpt2"
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -81,7 +81,7 @@ def folder_of(source: str) -> str:
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say how a model is loaded."""
     parser.add_argument(
-        "--dtype", metavar="DTYPE", choices=_DTYPES, help=f"{', '.join(_DTYPES)} (default: the checkpoint's own)"
+        "--dtype", metavar="DTYPE", choices=_DTYPES, help="such as bfloat16 (default: the checkpoint's own)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="run there, such as cuda:0 (default: the CPU)")
     parser.add_argument("--revision", metavar="NAME", help="the hub's branch, tag or commit")

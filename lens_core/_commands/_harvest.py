@@ -22,55 +22,27 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.usage = "lens harvest MODEL DATA --out FOLDER --names NAMES [options]"
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "data", metavar="DATA", help="a .jsonl, .json, .txt or .parquet file, a folder of save_to_disk, or a hub id"
-    )
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="the store: made, or gone on with")
-    parser.add_argument(
-        "--names", metavar="NAMES", action="append", required=True, help="a hook name or glob; may be repeated"
-    )
-    _add_rows(parser)
-    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="rows in a forward (default: 8)")
-    parser.add_argument(
-        "--store-dtype", metavar="DTYPE", choices=_FLOATS, help=f"{', '.join(_FLOATS)} (default: the model's)"
-    )
-    parser.add_argument("--unit-documents", metavar="N", type=int, help="documents that are packed together")
-    parser.add_argument("--shard-rows", metavar="N", type=int, help="rows in a shard (default: some 256 MiB)")
+    parser.add_argument("data", metavar="DATA", help="a file, a folder of save_to_disk, or a hub id")
+    add = parser.add_argument
+    add("--out", metavar="FOLDER", required=True, help="the store: made, or gone on with")
+    add("--names", metavar="NAMES", action="append", required=True, help="a hook name or glob; may be repeated")
+    add("--column", metavar="NAME", help="of the text or ids (default: text, input_ids)")
+    add("--split", metavar="NAME", help="of a data set with several")
+    add("--sample-by", metavar="WHAT", default="line", help="a .txt by line, paragraph or document")
+    add("--limit", metavar="N", type=int, help="the first N documents")
+    add("--context", metavar="N", type=int, help="the most tokens in a row (default: 512)")
+    add("--no-pack", dest="pack", action="store_false", help="a row for each document")
+    add("--prepend-bos", action=argparse.BooleanOptionalAction, default=None)
+    add("--positions", metavar="WHICH", help="of each row: 1: or -1 or 0,5 or ::4 (default: all)")
+    add("--skip-special", action="store_true", help="keep no special tokens, such as BOS")
+    add("--batch-size", metavar="N", type=int, default=8, help="rows in a forward (default: 8)")
+    add("--store-dtype", metavar="DTYPE", choices=_FLOATS, help="what is stored (default: the model's)")
+    for name in ("--unit-documents", "--shard-rows"):  # few need them: the page on stores tells of both
+        add(name, metavar="N", type=int, help=argparse.SUPPRESS)
     add_loading(parser)
-    parser.epilog = (
-        "Interrupted, the same command goes on. Several processes share the work: "
-        "accelerate launch --num_processes N -m lens_core harvest ..."
-    )
-
-
-def _add_rows(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("documents and rows")
-    group.add_argument("--column", metavar="NAME", help="where the text or ids are (default: text, input_ids, tokens)")
-    group.add_argument("--split", metavar="NAME", help="of a data set with several")
-    group.add_argument(
-        "--sample-by",
-        choices=("line", "paragraph", "document"),
-        default="line",
-        help="what a document of a text file is (default: line)",
-    )
-    group.add_argument("--limit", metavar="N", type=int, help="the first N documents")
-    group.add_argument(
-        "--context", metavar="N", type=int, help="the most tokens in a row (default: 512 or the model's)"
-    )
-    group.add_argument(
-        "--pack", action=argparse.BooleanOptionalAction, default=True, help="several documents in a row, or one"
-    )
-    group.add_argument(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="exactly one BOS, or none (default: what the tokenizer does)",
-    )
-    group.add_argument(
-        "--positions", metavar="WHICH", help="of each row, such as 1: or -1 or 0,5,9 or ::4 (default: all)"
-    )
-    group.add_argument("--skip-special", action="store_true", help="keep no special tokens, such as BOS")
+    parser.epilog = "Interrupted, the same command goes on."
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -27,19 +27,33 @@ class Corpus:
     """Documents that can be read by number, any number of times.
 
     Attributes:
-        source: What they are, as a store notes it.
+        label: What they are called.
+        n_documents: How many.
+        digest: Of their number and of some of them.
         is_text: Texts, or rows of token ids.
         mean_length: Of the documents that were looked at: characters or ids.
     """
 
-    source: Source
+    label: str
+    n_documents: int
+    digest: str
     is_text: bool
     mean_length: float
     read_any: Callable[[int, int], list[Any]]
 
     def __len__(self) -> int:
         """Count the documents."""
-        return self.source.n_documents
+        return self.n_documents
+
+    def source(self, *, unit_documents: int, shard_rows: int) -> Source:
+        """Give what a store notes of them."""
+        return Source(
+            label=self.label,
+            n_documents=self.n_documents,
+            digest=self.digest,
+            unit_documents=unit_documents,
+            shard_rows=shard_rows,
+        )
 
     def read(self, start: int, stop: int) -> list[Any]:
         """Give the documents of a range: strings, or lists of ids.
@@ -108,8 +122,8 @@ def _looked_at(label: str, n_documents: int, read: Callable[[int, int], list[Any
     is_text = isinstance(seen[0], str)
     plain = [_document(one, at, is_text) for at, one in zip(some, seen, strict=True)]
     digest = hashlib.sha256(json.dumps([n_documents, plain]).encode()).hexdigest()
-    source = Source(label=label, n_documents=n_documents, digest=digest)
-    return Corpus(source=source, is_text=is_text, mean_length=sum(map(len, plain)) / len(plain), read_any=read)
+    mean = sum(map(len, plain)) / len(plain)
+    return Corpus(label=label, n_documents=n_documents, digest=digest, is_text=is_text, mean_length=mean, read_any=read)
 
 
 def _document(one: Any, at: int, is_text: bool) -> Any:

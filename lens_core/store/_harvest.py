@@ -137,16 +137,14 @@ def harvest(
     points = _stored(model, names, _dtype(dtype))
     begun = read_manifest(target) if has_manifest(target) else None
     if unit_documents is None:
-        unit_documents = _unit_documents(corpus, rules) if begun is None else begun.unit_documents
+        unit_documents = _unit_documents(corpus, rules) if begun is None else begun.sources[0].unit_documents
     if shard_rows is None:
-        shard_rows = _shard_rows(points, rules.context) if begun is None else begun.shard_rows
+        shard_rows = _shard_rows(points, rules.context) if begun is None else begun.sources[0].shard_rows
     manifest = Manifest(
         points=points,
         origin=origin_of(model),
-        sources=(corpus.source,),
+        sources=(corpus.source(unit_documents=unit_documents, shard_rows=shard_rows),),
         rows=rules,
-        unit_documents=unit_documents,
-        shard_rows=shard_rows,
     )
     job = Job(
         model=model,

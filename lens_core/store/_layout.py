@@ -97,11 +97,24 @@ class Source:
         label: What they are called: a file, a folder, a data set.
         n_documents: How many, empty ones included.
         digest: Of their number and of some of them: whether a resumed harvest goes on with the same.
+        unit_documents: Documents in a unit; a unit is packed by itself, so that any process can make any of them.
+        shard_rows: Rows in a shard; the last of a unit may have fewer.
     """
 
     label: str
     n_documents: int
     digest: str
+    unit_documents: int
+    shard_rows: int
+
+    @property
+    def n_units(self) -> int:
+        """Count the units."""
+        return -(-self.n_documents // self.unit_documents)
+
+    def documents(self, unit: int) -> range:
+        """Number the documents of a unit."""
+        return range(unit * self.unit_documents, min((unit + 1) * self.unit_documents, self.n_documents))
 
 
 @attrs.frozen(kw_only=True)
@@ -137,20 +150,12 @@ class Manifest:
         origin: Model, revision, digest of its weights, passes over them, plugin, versions.
         sources: One, or several after a merge.
         rows: How rows are made.
-        unit_documents: Documents in a unit; a unit is packed by itself, so that any process can make any of them.
-        shard_rows: Rows in a shard; the last of a unit may have fewer.
     """
 
     points: tuple[StoredPoint, ...]
     origin: Mapping[str, str]
     sources: tuple[Source, ...]
     rows: RowRules
-    unit_documents: int
-    shard_rows: int
-
-    def n_units(self, source: int) -> int:
-        """Count the units of a source."""
-        return -(-self.sources[source].n_documents // self.unit_documents)
 
     @property
     def entry_bytes(self) -> int:
@@ -259,10 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
             origin={str(key): str(value) for key, value in found["origin"].items()},
             sources=tuple(_record(Source, source) for source in found["sources"]),
             rows=_record(RowRules, found["rows"]),
-            unit_documents=int(found["unit_documents"]),
-            shard_rows=int(found["shard_rows"]),
         )
-        is_sound = manifest.unit_documents > 0 and manifest.shard_rows > 0 and all(map(_is_sound, manifest.points))
+        is_sound = all(map(_is_sound, manifest.points)) and all(map(_is_whole_source, manifest.sources))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{os.fspath(folder / MANIFEST)!r} is damaged: {error!r}") from error
     if not is_sound or not manifest.points or not manifest.sources:
@@ -326,6 +329,11 @@ def check_size(record: Record, folder: Path) -> None:
 
 
 REPAIR = "`lens store verify --repair` takes what is damaged out, and harvesting again makes it anew"
+
+
+def _is_whole_source(source: Source) -> bool:
+    sizes = (source.n_documents, source.unit_documents, source.shard_rows)
+    return all(type(n) is int and n > 0 for n in sizes)
 
 
 def _is_sound(point: StoredPoint) -> bool:

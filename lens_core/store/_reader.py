@@ -159,13 +159,13 @@ class ActivationStore:
     @property
     def n_units(self) -> int:
         """Units of documents, complete or not."""
-        return sum(map(self.manifest.n_units, range(len(self.manifest.sources))))
+        return sum(source.n_units for source in self.manifest.sources)
 
     @cached_property
     def missing(self) -> tuple[tuple[int, int], ...]:
         """The units (source, unit) of documents that are not complete: harvesting goes on with them."""
         whole = whole_units(self.records)
-        units = (range(self.manifest.n_units(source)) for source in range(len(self.manifest.sources)))
+        units = (range(source.n_units) for source in self.manifest.sources)
         return tuple((source, unit) for source, of in enumerate(units) for unit in of if (source, unit) not in whole)
 
     @property

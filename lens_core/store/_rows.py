@@ -99,8 +99,8 @@ def row_rules(
 def rows_of_unit(model: Any, corpus: Corpus, manifest: Manifest, unit: int) -> tuple[list[Row], int]:
     """Make the rows of a unit of documents; the second is how many tokens found no place."""
     rules = manifest.rows
-    first = unit * manifest.unit_documents
-    documents = corpus.read(first, min(first + manifest.unit_documents, len(corpus)))
+    numbers = manifest.sources[0].documents(unit)
+    first, documents = numbers.start, corpus.read(numbers.start, numbers.stop)
     ids = _ids(model, documents, rules) if corpus.is_text else documents
     check_ids(ids, model.cfg.d_vocab, first)
     if rules.pack:

@@ -131,7 +131,7 @@ def _damage(
 
 def _wrong(folder: Path, manifest: Manifest, record: Record, count: Callable[[int], None]) -> str | None:
     """Say what is wrong with a shard, or None."""
-    if record.source >= len(manifest.sources) or record.unit >= manifest.n_units(record.source):
+    if record.source >= len(manifest.sources) or record.unit >= manifest.sources[record.source].n_units:
         return "its documents are beyond those of the manifest"
     try:
         tensors = opened(folder, manifest, record)
@@ -154,15 +154,14 @@ def _cause(error: Exception) -> str:
 def _missing(manifest: Manifest, sound: Sequence[Record]) -> Iterator[Fault]:
     """Name units that are not whole; of many, the first."""
     whole = whole_units(sound)
-    units = [(source, unit) for source in range(len(manifest.sources)) for unit in range(manifest.n_units(source))]
+    units = [(number, unit) for number, source in enumerate(manifest.sources) for unit in range(source.n_units)]
     missing = [unit for unit in units if unit not in whole]
     for source, unit in missing[:_SHOWN]:
-        first = unit * manifest.unit_documents
-        last = min(first + manifest.unit_documents, manifest.sources[source].n_documents) - 1
+        documents = manifest.sources[source].documents(unit)
         yield Fault(
             kind="missing",
             file=f"{source:02d}-{unit:06d}",
-            what=f"documents {first} to {last} of {manifest.sources[source].label!r} are not all in it",
+            what=f"documents {documents[0]} to {documents[-1]} of {manifest.sources[source].label!r} are not all in it",
         )
     if len(missing) > _SHOWN:
         yield Fault(kind="missing", file="…", what=f"{len(missing) - _SHOWN} units of documents more")

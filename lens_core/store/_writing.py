@@ -68,11 +68,11 @@ class Job:
 
     def units(self) -> range:
         """The units that fall to this process: whatever the number of processes, each to one of them."""
-        return range(self.mine.index, self.manifest.n_units(0), self.mine.count)
+        return range(self.mine.index, self.manifest.sources[0].n_units, self.mine.count)
 
     def n_documents(self, unit: int) -> int:
         """Count the documents of a unit."""
-        return min(self.manifest.unit_documents, len(self.corpus) - unit * self.manifest.unit_documents)
+        return len(self.manifest.sources[0].documents(unit))
 
 
 @attrs.frozen(kw_only=True)
@@ -116,7 +116,7 @@ def _parts(job: Job, done: Sequence[Record]) -> Iterator[_Part]:
         if unit in whole:
             continue
         rows, cut = rows_of_unit(job.model, job.corpus, job.manifest, unit)
-        chunks = _chunks(rows, job.manifest.shard_rows) or [[]]
+        chunks = _chunks(rows, job.manifest.sources[0].shard_rows) or [[]]
         for index, chunk in enumerate(chunks):
             if (unit, index) in some:
                 continue

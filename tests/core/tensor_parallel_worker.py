@@ -23,7 +23,7 @@ from transformers.distributed import DistributedConfig
 
 import lens_core as lens
 
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[-1])  # the only argument; pytest imports this file, too
 TOKENS = torch.randint(0, 28, (2, 6), generator=torch.Generator().manual_seed(0))
 CLEAN = torch.randint(0, 28, (2, 6), generator=torch.Generator().manual_seed(1))
 VARIANTS = ("llama", "qwen3", "phi3", "mixtral")

@@ -65,10 +65,10 @@ def kill_again_and_again(folder):
     while True:
         pid, before = child(lambda: harvest(folder)), records(folder)
         wanted = before + draw.randint(0, 9)
-        while records(folder) < wanted and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while records(folder) < wanted and lives(pid):
             time.sleep(0.001)
         time.sleep(draw.random() * 0.05)
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if lives(pid):
             os.kill(pid, signal.SIGKILL)
         code = ended(pid)
         if code == 0:
@@ -78,10 +78,16 @@ def kill_again_and_again(folder):
     say(f"kills: {kills}")
 
 
+def lives(pid):
+    """Whether a child has not ended."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def two_at_once(folder):
     """Begin while another is at work; then again after it was killed."""
     first = child(lambda: harvest(folder))
     while not records(folder):
+        assert lives(first)
         time.sleep(0.001)
     os.kill(first, signal.SIGSTOP)
     say(f"second: {ended(child(lambda: harvest(folder)))}")

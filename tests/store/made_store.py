@@ -44,10 +44,10 @@ def made(
     manifest = Manifest(
         points=points,
         origin=ORIGIN,
-        sources=(Source(label=label, n_documents=2 * len(parts), digest=f"{label} {seed}"),),
+        sources=(
+            Source(label=label, n_documents=2 * len(parts), digest=f"{label} {seed}", unit_documents=2, shard_rows=4),
+        ),
         rows=RULES,
-        unit_documents=2,
-        shard_rows=4,
         **rules,
     )
     folder.mkdir()

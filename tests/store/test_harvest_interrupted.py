@@ -126,7 +126,7 @@ def test_a_complete_store_is_left_as_it_is(tmp_path):
         ({"context": 7}, "rows.context: 8 there, 7 here"),
         ({"pack": False}, "rows.pack"),
         ({"positions": -1}, "rows.positions"),
-        ({"shard_rows": 6}, "shard_rows: 5 there, 6 here"),
+        ({"shard_rows": 6}, r"sources\[0\].shard_rows: 5 there, 6 here"),
         ({"unit_documents": 10}, "unit_documents"),
         ({"limit": 30}, "n_documents: 60 there, 30 here"),
         ({"data": id_rows(seed=1)}, "digest"),
@@ -182,7 +182,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
     lens.store.harvest(tiny("gpt2"), id_rows(), tmp_path / "ok", "hook_embed")
     manifest = tmp_path / "ok" / "manifest.json"
     good = json.loads(manifest.read_text())
-    wrong = [{"format_version": 2}, {"points": [{}]}, {"unit_documents": 0}, {"sources": []}, {"format": "?"}]
+    wrong = [{"format_version": 2}, {"points": [{}]}, {"rows": {}}, {"sources": []}, {"format": "?"}]
     for change in wrong:
         manifest.write_text(json.dumps({**good, **change}))
         with pytest.raises(StoreError, match=r"format version|damaged|not the manifest"):

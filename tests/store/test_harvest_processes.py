@@ -127,7 +127,7 @@ def test_each_unit_falls_to_one_process(n_documents, size, count):
     corpus = open_corpus([[1]] * n_documents)
     rules = RowRules(context=4, pack=True, prepend_bos=None, bos=None, separator=None, positions=None, skipped=())
     manifest = Manifest(
-        points=(), origin={}, sources=(corpus.source,), rows=rules, unit_documents=size, shard_rows=1
+        points=(), origin={}, sources=(corpus.source(unit_documents=size, shard_rows=1),), rows=rules
     )  # fmt: skip
     jobs = [
         Job(
@@ -136,7 +136,7 @@ def test_each_unit_falls_to_one_process(n_documents, size, count):
         for i in range(count)
     ]
     units = sorted(unit for job in jobs for unit in job.units())
-    assert units == list(range(manifest.n_units(0)))
+    assert units == list(range(manifest.sources[0].n_units))
     assert sum(job.n_documents(unit) for job in jobs for unit in job.units()) == n_documents
 
 

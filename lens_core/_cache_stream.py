@@ -21,6 +21,7 @@ from lens_core._cache_sink import moved
 from lens_core._call import Call
 from lens_core._choice import Choice, Part
 from lens_core._positions import leaves_gaps
+from lens_core._tensor_file import DTYPE_NAMES
 from lens_core.errors import CacheFileError
 from lens_core.hook_points import HookPoint, Selection
 
@@ -29,19 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheStream"]
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Names of dtypes in safetensors."""
 ENTRY_BYTES = 400
 """At most this much of a header tells of one tensor and of the bytes before it, names aside."""
 
@@ -155,7 +143,7 @@ class CacheStream:
                 "for one value; cache it in memory"
             )
         kept = moved(self._choice.of(value.detach(), point, call, part=part), "cpu", self._dtype).contiguous()
-        if kept.dtype not in DTYPES:
+        if kept.dtype not in DTYPE_NAMES:
             raise CacheFileError(f"{point.name!r} is of dtype {kept.dtype}, which a cache file cannot hold")
         filler = -self._size % kept.itemsize
         if filler:
@@ -168,7 +156,7 @@ class CacheStream:
     def _add(self, name: str, value: Tensor) -> None:
         end = self._size + value.nbytes
         self._header[name] = {
-            "dtype": DTYPES[value.dtype],
+            "dtype": DTYPE_NAMES[value.dtype],
             "shape": list(value.shape),
             "data_offsets": [self._size, end],
         }

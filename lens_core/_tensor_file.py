@@ -22,9 +22,23 @@ from torch import Tensor
 from lens_core._pass_log import applied_passes
 from lens_core.errors import ArgumentError, LensError
 
-__all__ = ["FileKind", "origin"]
+__all__ = ["DTYPE_NAMES", "FileKind", "origin"]
 
 T = TypeVar("T")
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of dtypes in safetensors."""
 
 
 @attrs.frozen(kw_only=True)

@@ -16,22 +16,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from lens_core._tensor_file import DTYPE_NAMES
 from lens_core.store._layout import sync_folder
 
 __all__ = ["Shard"]
 
-_CODES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _BLOCK = 1 << 22
 
 
@@ -110,7 +99,7 @@ def _laid_out(
     for name in order:
         dtype, shape = tensors[name]
         size = dtype.itemsize * torch.Size(shape).numel()
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         starts[name], at = at, at + size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

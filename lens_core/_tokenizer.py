@@ -127,6 +127,25 @@ def added_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]
     return added[:leading], added[leading:]
 
 
+def text_rows(tokenizer: Tokenizer, texts: list[str], *, prepend_bos: bool | None) -> list[list[int]]:
+    """Give the ids of each text, unpadded, BOS by the rule of `lens_core.tokens`."""
+    rows = encode(tokenizer, texts, add_special_tokens=prepend_bos is None)
+    if prepend_bos is None:
+        return rows
+    bos = tokenizer.bos_token_id
+    before, after = added_tokens(tokenizer, texts[0])
+    before = [token for token in before if token != bos]
+    if not prepend_bos:
+        return [before + row + after for row in rows]
+    return [[bos, *before, *without_leading(row, bos), *after] for row in rows]  # a typed BOS is the one asked for
+
+
+def without_leading(row: list[int], token: int | None) -> list[int]:
+    """Leave out a token wherever it stands at the start of a row."""
+    start = next((i for i, other in enumerate(row) if other != token), len(row))
+    return row[start:]
+
+
 def apply_template(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
     try:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

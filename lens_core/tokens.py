@@ -20,7 +20,16 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from lens_core._token_ids import check_mask, check_tokens, id_rows, id_tensor, position_ids
-from lens_core._tokenizer import Tokenizer, added_tokens, apply_template, decode, encode, find_tokenizer, token_text
+from lens_core._tokenizer import (
+    Tokenizer,
+    apply_template,
+    decode,
+    encode,
+    find_tokenizer,
+    text_rows,
+    token_text,
+    without_leading,
+)
 from lens_core.errors import ArgumentError, EmptyInputError, PaddingError, TokenIdError, TokenizerError
 
 __all__ = [
@@ -31,7 +40,6 @@ __all__ = [
     "find_tokenizer",
     "get_token_position",
     "position_ids",
-    "to_rows",
     "to_single_str_token",
     "to_single_token",
     "to_str_tokens",
@@ -92,38 +100,6 @@ def to_tokens(
     return _padded(tokenizer, rows, side, device)
 
 
-def to_rows(
-    tokenizer: Tokenizer | None, texts: Sequence[str], *, prepend_bos: bool | None = None, bare: bool = False
-) -> list[list[int]]:
-    """Give the ids of each text, unpadded; an empty text has what the tokenizer adds, if anything.
-
-    Args:
-        tokenizer: an HF tokenizer.
-        texts: at least one.
-        prepend_bos: as for `to_tokens`.
-        bare: leave out whatever the tokenizer adds, BOS too.
-
-    Raises:
-        TokenizerError: no tokenizer.
-
-    Example:
-        >>> import lens_core as lens
-        >>> tokenizer = lens.load("toy:llama").tokenizer
-        >>> [[len(row) for row in to_rows(tokenizer, ["the cat", "the"], bare=bare)] for bare in (False, True)]
-        [[3, 2], [2, 1]]
-    """
-    hf = _present(tokenizer)
-    rows = encode(hf, list(texts), add_special_tokens=prepend_bos is None and not bare)
-    if prepend_bos is None or bare:
-        return rows
-    bos = hf.bos_token_id
-    before, after = added_tokens(hf, texts[0])
-    before = [token for token in before if token != bos]
-    if not prepend_bos:
-        return [before + row + after for row in rows]
-    return [[bos, *before, *_without_leading(row, bos), *after] for row in rows]  # a typed BOS is the one asked for
-
-
 def _present(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         message = "Text was given and the model has no tokenizer. Pass tokenizer= to lens.load, or give token ids."
@@ -176,12 +152,12 @@ def _rows(
         message = "prepend_bos=True, and the tokenizer has no BOS token. Set tokenizer.bos_token, or leave it out."
         raise TokenizerError(message)
     if _all_strings(texts):
-        rows = to_rows(tokenizer, texts, prepend_bos=prepend_bos)
+        rows = text_rows(tokenizer, texts, prepend_bos=prepend_bos)
     else:
         rows = [apply_template(tokenizer, messages) for messages in texts if not isinstance(messages, str)]
         if prepend_bos is not None:
             bos = tokenizer.bos_token_id
-            rows = [[bos] * prepend_bos + _without_leading(row, bos) for row in rows]
+            rows = [[bos] * prepend_bos + without_leading(row, bos) for row in rows]
     for text, row in zip(texts, rows, strict=True):
         if not row:
             message = f"{text!r} gives no tokens. Give some text, or pass prepend_bos=True for the BOS token alone."
@@ -191,11 +167,6 @@ def _rows(
 
 def _all_strings(texts: Sequence[object]) -> TypeGuard[list[str]]:
     return isinstance(texts[0], str)
-
-
-def _without_leading(row: list[int], token: int | None) -> list[int]:
-    start = next((i for i, other in enumerate(row) if other != token), len(row))
-    return row[start:]
 
 
 def _padded(tokenizer: Tokenizer, rows: list[list[int]], side: str, device: Device) -> Encoded:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lens_core import tokens as _tokens
 from lens_core._arguments import is_whole
 from lens_core._positions import Positions, local_positions
+from lens_core._tokenizer import encode, text_rows
 from lens_core.errors import ArgumentError
 from lens_core.store._corpus import Corpus, check_ids
 from lens_core.store._layout import Manifest, RowRules
@@ -123,9 +124,12 @@ def _ids(model: Any, texts: Sequence[str], rules: RowRules) -> list[Any]:
 
 def _encoded(model: Any, texts: Sequence[str], rules: RowRules) -> list[list[int]]:
     given = [text for text in texts if text]  # an empty one is no document, whatever the tokenizer would add to it
-    rows = iter(
-        _tokens.to_rows(model.tokenizer, given, prepend_bos=rules.prepend_bos, bare=rules.pack) if given else ()
-    )
+    if not given:
+        return [[] for _ in texts]
+    if rules.pack:
+        rows = iter(encode(model.tokenizer, given, add_special_tokens=False))
+    else:
+        rows = iter(text_rows(model.tokenizer, given, prepend_bos=rules.prepend_bos))
     return [next(rows) if text else [] for text in texts]
 
 

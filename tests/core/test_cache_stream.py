@@ -3,6 +3,7 @@
 import errno
 import gc
 import io
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lens_core as lens
 from lens_core import _cache_stream
 from lens_core._call import Call
+from lens_core._choice import Choice
 from lens_core.errors import ArgumentError, CacheFileError, HookFunctionError
+from lens_core.hook_points import Selection
 
 TOKENS = random_tokens(2, 9)
 
@@ -64,6 +67,25 @@ def test_the_file_holds_what_a_cache_in_memory_holds(model, tmp_path, options):
     assert (again.has_gaps, again.heads) == (cache.has_gaps, cache.heads)
     same(cache, again.remove_batch_dim() if options.get("remove_batch_dim") else again)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_wide_values_after_narrow_ones_stand_where_their_type_may(model, tmp_path):
+    """A float64 after three bfloat16 numbers is at a multiple of eight; what is between is nobody's value."""
+    path, point = tmp_path / "c", model.table["hook_embed"]
+    names = Selection(names=("hook_embed", "ln_final.hook_scale"), exact=True)
+    stream = _cache_stream.CacheStream(model.new_cache(), names, path, dtype=None, choice=Choice())
+    narrow, wide = torch.ones(1, 1, 3, dtype=torch.bfloat16), torch.arange(2.0, dtype=torch.float64).reshape(1, 2, 1)
+    call = Call(batch=1, n_pos=2, past=0, device=torch.device("cpu"))
+    with stream:
+        stream.store(point, narrow, call, is_foreign=False)
+        stream.store(model.table["ln_final.hook_scale"], wide, call, is_foreign=False)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    assert header["hook_embed"]["data_offsets"] == [0, 6]
+    assert (8 + size + header["ln_final.hook_scale"]["data_offsets"][0]) % 8 == 0
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("ln_final.hook_scale"), wide)
+    assert list(lens.ActivationCache.load(path)) == ["hook_embed", "ln_final.hook_scale"]
 
 
 def test_it_is_the_file_that_save_writes(model, tmp_path):

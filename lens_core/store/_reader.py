@@ -18,8 +18,8 @@ from lens_core.hook_points import HookPoint, HookTable, NameFilter
 from lens_core.store._arrow import to_dataset
 from lens_core.store._batches import StoreDataset, Stream, batches_of
 from lens_core.store._layout import StoredPoint, check_size, read_manifest, records, whole_units
+from lens_core.store._mapped import Shards, distinct, numbers
 from lens_core.store._rows import Rows
-from lens_core.store._shards import Shards, distinct, numbers
 
 __all__ = ["ActivationStore", "Entries", "StoredActivations"]
 

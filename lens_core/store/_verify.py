@@ -21,8 +21,8 @@ from lens_core.store._layout import (
     sync_folder,
     whole_units,
 )
+from lens_core.store._mapped import opened
 from lens_core.store._ranks import Ranks, claimed
-from lens_core.store._shards import opened
 
 __all__ = ["Fault", "digest_of", "verify"]
 

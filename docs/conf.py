@@ -32,7 +32,7 @@ nitpick_ignore_regex = [
     # What a report is made of, shown under its public name.
     (r"py:class", r"lens_conformance\.(case|report)\..*"),
     # What a store is made of, described by what shows it.
-    (r"py:class", r"lens_core\.store\._(layout|rows|shards|statistics)\..*"),
+    (r"py:class", r"lens_core\.store\._(layout|mapped|rows|statistics)\..*"),
     # What a seam is handed when it is installed, shown under its public name; and a type variable.
     (r"py:class", r"Run|lens_core\._(plan|views|watch|call|cache_file|choice)\..*|lens_core\._pieces\._Model"),
 ]

@@ -3,14 +3,14 @@
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from lens_core._choice import position_axis
-from lens_core.errors import ArgumentError, CacheError, HookError, NotCachedError, UnknownHookError
-from lens_core.hook_points import HookTable
+from lens_core.errors import ArgumentError, HookError, NotCachedError, UnknownHookError
+from lens_core.hook_points import HookTable, is_short_form
 
 __all__ = ["Entries", "Gradients"]
 
@@ -55,7 +55,7 @@ class Entries(Mapping[str, Tensor]):
         """Give the canonical names that a name, alias or short form stands for, held or not."""
         if isinstance(key, str) and key in self._names():
             return (key,)
-        if not isinstance(key, str | tuple) or (isinstance(key, str) and any(sign in key for sign in "*?[")):
+        if not _is_one_name(key):
             raise ArgumentError(f"a cache is read by one name or short form, such as ('q', 3); got {key!r}")
         try:
             return self.table.select(cast("Any", key)).names
@@ -66,9 +66,10 @@ class Entries(Mapping[str, Tensor]):
 
     def __contains__(self, key: object) -> bool:
         """Whether a name or short form is held, on some layer; nothing is stacked."""
+        held = self._names()
         try:
-            return any(name in self._names() for name in self.resolve(key))
-        except (HookError, CacheError, ArgumentError):
+            return _is_one_name(key) and (key in held or any(name in held for name in self.table.find(key)))
+        except (HookError, ArgumentError):
             return False
 
     def __iter__(self) -> Iterator[str]:
@@ -100,6 +101,10 @@ class Entries(Mapping[str, Tensor]):
             keys = max(piece.shape[-1] for piece in pieces)
             pieces = [torch.nn.functional.pad(piece, (0, keys - piece.shape[-1]), value=fill) for piece in pieces]
         return torch.cat(list(pieces), dim=axis)
+
+
+def _is_one_name(key: object) -> TypeGuard[str | tuple[Any, ...]]:
+    return is_short_form(key) or (isinstance(key, str) and not any(sign in key for sign in "*?["))
 
 
 def _names_a_layer(key: Any) -> bool:

@@ -82,14 +82,16 @@ def test_a_stack_over_one_layer_is_a_stack():
 
 
 def test_asking_whether_a_name_is_there_stacks_nothing(model, monkeypatch):
-    """`in` reads no tensor."""
+    """`in` reads no tensor, and looks for no near matches of what is absent."""
     cache = run(model)
+    monkeypatch.setattr("difflib.get_close_matches", lambda *_, **__: pytest.fail("looked for near matches"))
     monkeypatch.setattr(torch, "stack", lambda *_: pytest.fail("stacked"))
     monkeypatch.setattr(ActivationCache, "_joined", lambda *_: pytest.fail("joined"))
     assert "z" in cache
     assert ("z", 1) in cache
     for absent in ("hook_nothing", ("z", 9), ("q_input", 1), "blocks.0.attn.*", None, 3, ["z"], len):
         assert absent not in cache, absent
+    monkeypatch.undo()
     assert cache.get("hook_nothing") is None
 
 

@@ -67,6 +67,13 @@ def test_what_is_no_name_says_what_to_do(table, given, says):
         table.canonical(given)
 
 
+def test_finding_gives_every_name_or_none(table):
+    """Where `canonical` raises, for several names or none, `find` gives them."""
+    assert table.find("q") == tuple(f"blocks.{n}.attn.hook_q" for n in range(3))
+    assert table.find(("q", 1)) == table.find("q1") == ("blocks.1.attn.hook_q",)
+    assert table.find("resid_prae") == table.find(("zzzz", 0)) == ()
+
+
 @pytest.mark.parametrize("given", [3, 3.5, b"q", ("q", True), ("q", 1, 2), object()])
 def test_other_types_are_refused(table, given):
     """A filter of the wrong type is an ArgumentError."""

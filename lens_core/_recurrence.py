@@ -8,7 +8,7 @@ from torch import Tensor
 from lens_core._mixer import MixerCall
 from lens_core._watch import Watch
 
-__all__ = ["walk", "walk_segments"]
+__all__ = ["Stack", "walk", "walk_segments"]
 
 
 def walk(
@@ -34,7 +34,7 @@ def walk(
     keeps = watch is not None and bool(watch.sinks)
     if watch is not None:
         watch.begin_positions()
-    state, states, given = start, _Stack(call.n_pos), _Stack(call.n_pos)
+    state, states, given = start, Stack(call.n_pos), Stack(call.n_pos)
     for position in range(call.n_pos):
         state = advance(position, state)
         if watch is not None:
@@ -88,7 +88,7 @@ def _shown(call: MixerCall, watch: Watch, position: int, state: Tensor) -> Tenso
     return watch.fire_position(position, state[:, None], real=real)[:, 0]
 
 
-class _Stack:
+class Stack:
     """Values of one position each, joined along a new axis 1; without gradients they are written where they belong."""
 
     def __init__(self, n_pos: int) -> None:
@@ -98,14 +98,16 @@ class _Stack:
         self.count = 0
 
     def add(self, value: Tensor) -> None:
-        """Take the next position's."""
+        """Take the next position's; any after the last is counted and not kept."""
+        self.count += 1
+        if self.count > self.n_pos:
+            return
         if torch.is_grad_enabled():
             self.values.append(value)
             return
         if self.joined is None:
             self.joined = value.new_empty((value.shape[0], self.n_pos, *value.shape[1:]))
-        self.joined[:, self.count] = value
-        self.count += 1
+        self.joined[:, self.count - 1] = value
 
     def whole(self) -> Tensor:
         """Give all of them, `[batch, pos, ...]`."""

@@ -4,13 +4,16 @@ Which equations decay, write and readout are is the architecture's `Scan`; when 
 here. HF's own call stands unless a function replaced a value; where gradients are wanted, its value keeps its bits.
 """
 
+from collections.abc import Callable
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lens_core._graph import gradients, with_gradient_of
 from lens_core._mixer import MixerCall
-from lens_core._recurrence import walk, walk_segments
+from lens_core._recurrence import Stack, walk, walk_segments
 
 __all__ = ["INSIDE_SCAN", "Scan", "run_scan"]
 
@@ -48,6 +51,13 @@ class Scan(Protocol):
         """Make HF's own call: its output `[batch, pos, ...]`, and the last state where HF hands it on."""
         ...
 
+    def telling(self, take: Callable[[Tensor], None]) -> "Scan | None":
+        """The same scan, whose HF call gives `take` the state before each position, and always the last state.
+
+        None where HF's call has no such states: a fused kernel, one that scans chunks, a single step.
+        """
+        ...
+
     def select(self, call: MixerCall) -> "Scan":
         """Show what the recurrence is made of (step sizes, ...), and take what the functions return."""
         ...
@@ -82,7 +92,11 @@ def run_scan(call: MixerCall, scan: Scan) -> tuple[Tensor, Tensor | None]:
     parts = (*scan.selection, *INSIDE_SCAN)
     with gradients(call.needs_graph(*parts)):
         scan = scan.select(call)
-        found = _recur(call, scan)
+        decay, write = _given(call, scan)
+    if (overheard := _overheard(call, scan)) is not None:
+        return overheard
+    with gradients(call.needs_graph(*parts)):
+        found = _recur(call, scan, decay, write)
     if found is None and scan.is_reference and not scan.is_step and call.watched(*OUTPUT):
         y, last = scan.fast(call, 0, call.n_pos, scan.start)  # HF's own scan, only cut open: one run, the same bits
         return scan.finish(call, y), last
@@ -101,11 +115,42 @@ def run_scan(call: MixerCall, scan: Scan) -> tuple[Tensor, Tensor | None]:
     return out, last
 
 
-def _recur(call: MixerCall, scan: Scan) -> tuple[Tensor, Tensor] | None:
-    """Show decay, write and state; give y and the last state where anything so far was changed."""
+def _given(call: MixerCall, scan: Scan) -> tuple[Tensor | None, Tensor | None]:
+    """Show decay and write of all positions, where they are asked for."""
     whole = slice(None)
     decay = call.fire("decay", scan.decay(whole)) if call.watched("decay") else None
     write = call.fire("ssm_write", scan.write(whole)) if call.watched("ssm_write") else None
+    return decay, write
+
+
+def _overheard(call: MixerCall, scan: Scan) -> tuple[Tensor, Tensor | None] | None:
+    """Run HF's own scan, which tells each state once, for caches that only keep them; None where that cannot be."""
+    watch = call.watches.get("ssm_state")
+    if watch is None or watch.entries or watch.needs_graph or call.changed(*scan.selection, "decay", "ssm_write"):
+        return None
+    states, heard = Stack(call.n_pos), count()
+
+    def take(state: Tensor) -> None:
+        if next(heard):  # the first is where it starts
+            with torch.no_grad():
+                states.add(state)
+
+    telling = scan.telling(take)
+    if telling is None:
+        return None
+    shows_output = call.watched(*OUTPUT)
+    out, last = telling.fast(call, 0, call.n_pos, scan.start) if shows_output else telling.own()
+    if last is not None:
+        take(last)
+    if states.count != call.n_pos:
+        return None
+    watch.begin_positions()
+    watch.end_positions(states.whole())
+    return (scan.finish(call, out) if shows_output else out), last
+
+
+def _recur(call: MixerCall, scan: Scan, decay: Tensor | None, write: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Show the state; give y and the last state where anything so far was changed."""
     is_open, is_selected = call.changed("decay", "ssm_write"), call.changed(*scan.selection)
 
     def advance(position: int, state: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ PICTURE = "![Ratios to plain HF, by model and row](images/performance.png)"
 # By library and row, why that peer is ahead of lens there, known from reading both; nothing is said of the others.
 _OWN_SCAN = (
     "It runs a scan of its own in place of HF's, and the bits of what follows are not HF's; lens leaves HF's scan "
-    "where it is and computes the states of every position beside it."
+    "where it is, and keeps the states that it computes."
 )
 REASONS: Mapping[tuple[str, str], str] = {
     (

@@ -92,6 +92,37 @@ def fused(call: MixerCall, original: Any, *args: Any, **options: Any) -> Any:
 # ---------------------------------------------------------------------- scan
 
 
+@attrs.frozen(eq=False)
+class Telling:
+    """Stands for A in HF's PyTorch scan, which multiplies exp(A delta_t) with the state before each position: tells it.
+
+    A subclass of Tensor would cost torch's dispatch at each step, a tenth of the scan. Whatever else is done with it is
+    done with the tensor.
+    """
+
+    tensor: Tensor
+    take: Callable[[Tensor], None]
+
+    def __getitem__(self, at: Any) -> "Telling":
+        return Telling(self.tensor[at], self.take)
+
+    def __mul__(self, other: Tensor) -> Any:
+        """Times the step sizes of all positions; or, at one of them, `[batch, d_inner, d_state]`, times a state."""
+        if self.tensor.ndim > 3:
+            return Telling(self.tensor * other, self.take)
+        self.take(other)
+        return self.tensor * other
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch's own way of asking whatever is no tensor what its functions shall do with it."""
+        result = func(*(arg.tensor if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+        return cls(result, args[0].take) if func is torch.exp else result
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Selective:
     """One call of the selective scan: decay_t = exp(delta_t A), write_t = (delta_t B_t) x_t, y_t = h_t C_t."""
@@ -107,7 +138,8 @@ class Selective:
     start: Float[Tensor, "batch d_inner d_state"]
     delta: Any = None
     """The step size, once it is known."""
-    call_own: Callable[[], tuple[Tensor, Tensor | None]]
+    call_own: Callable[..., tuple[Tensor, Tensor | None]]
+    """HF's call; that of a scan takes other arguments by name."""
     scan_from_zero: Callable[..., Any] | None = None
     """HF's scan with its arguments but for dt, B, C, the positions, skip and gate; None for a single step."""
     is_reference: bool = False
@@ -121,6 +153,14 @@ class Selective:
     def own(self) -> tuple[Tensor, Tensor | None]:
         """Make HF's own call."""
         return self.call_own()
+
+    def telling(self, take: Callable[[Tensor], None]) -> "Selective | None":
+        """HF's PyTorch scan, given an A that tells."""
+        if self.is_step or not self.is_reference or type(self.A) is not Tensor:
+            return None
+        told = Telling(self.A, take)
+        scan = None if self.scan_from_zero is None else partial(self.scan_from_zero, A=told)
+        return attrs.evolve(self, call_own=partial(self.call_own, A=told, return_last_state=True), scan_from_zero=scan)
 
     def select(self, call: MixerCall) -> "Selective":
         """Show B, C and the step size: delta = softplus(dt + bias), in the model's dtype."""
@@ -188,7 +228,10 @@ def scan(
 ) -> Any:
     """mamba_selective_scan: whole sequences, from a state of zeros."""
     options = {"delta_bias": delta_bias, **options}
-    own = partial(original, x, dt, A, B, C, D=D, z=z, return_last_state=return_last_state, **options)
+
+    def own(A: Any = A, *, return_last_state: bool = return_last_state) -> Any:
+        return original(x, dt, A, B, C, D=D, z=z, return_last_state=return_last_state, **options)
+
     if not call.watched(*SCAN):
         return own()
     if call.run.now.past:
@@ -197,13 +240,14 @@ def scan(
             "is true; give one position at a time"
         )
 
-    def from_zero(x: Tensor, **given: Any) -> Any:
+    def from_zero(x: Tensor, A: Any = A, **given: Any) -> Any:
         dt, B, C = (given.pop(name) for name in ("dt", "B", "C"))
         return original(x, dt, A, B, C, D=None, z=None, return_last_state=True, **{**options, **given})
 
-    def call_own() -> tuple[Tensor, Tensor | None]:
-        result = own()
-        return (result[0].mT, result[1]) if return_last_state else (result.mT, None)
+    def call_own(**told: Any) -> tuple[Tensor, Tensor | None]:
+        result = own(**told)
+        out, last = result if isinstance(result, tuple) else (result, None)
+        return out.mT, last
 
     start = torch.zeros(x.shape[0], *A.shape, dtype=torch.promote_types(A.dtype, dt.dtype), device=x.device)
     selective = Selective(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden.tiny_ssm import tiny_ssm
 from lens_mamba import lens_architectures
+from lens_mamba._kernel import Selective, Telling
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.models.falcon_mamba import modeling_falcon_mamba
@@ -92,6 +93,43 @@ def test_an_edit_of_some_states_costs_one_scan_for_each_stretch_between_them(hf,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("also", [(), ("blocks.1.mixer.hook_y", "blocks.1.mixer.hook_decay")])
+def test_states_that_are_only_kept_are_those_of_hfs_own_scan(kind, dtype, also, monkeypatch):
+    """HF's scan runs once and nothing beside it; what the slow way gives is the same, and so are the logits."""
+    model = lens.load(tiny_ssm(kind).to(dtype))
+    monkeypatch.setattr(Selective, "telling", lambda self, take: None)
+    logits, slow = model.run_with_cache(TOKENS, names_filter=[STATE, *also])
+    monkeypatch.undo()
+    monkeypatch.setattr("lens_core._scan.walk", lambda *_: pytest.fail("a second scan"))
+    ours, cache = model.run_with_cache(TOKENS, names_filter=[STATE, *also])
+    assert torch.equal(ours, logits)
+    assert torch.equal(ours, model.hf_model(TOKENS).logits)
+    assert cache[STATE].dtype == torch.float32
+    for name in (STATE, *also):
+        torch.testing.assert_close(cache[name], slow[name], rtol=1e-6, atol=1e-6)
+
+
+def test_states_are_right_where_hfs_scan_does_not_tell_them(kind, hf, monkeypatch):
+    """Should HF write its loop in another way, the states are computed beside it."""
+    model = lens.load(hf)
+    _, told = model.run_with_cache(TOKENS, names_filter=STATE)
+    monkeypatch.setattr(Telling, "__mul__", lambda self, other: self.tensor * other)
+    logits, cache = model.run_with_cache(TOKENS, names_filter=STATE)
+    assert torch.equal(logits, hf(TOKENS).logits)
+    torch.testing.assert_close(cache[STATE], told[STATE], rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_hfs_beside_a_cache_of_states(hf):
+    """A detached cache overhears the scan of a training step and leaves its graph as it is."""
+    model = lens.load(hf)
+    log_a = model.hf_model.backbone.layers[1].mixer.A_log
+    by_hf = torch.autograd.grad(hf(TOKENS).logits.square().sum(), hf.backbone.layers[1].mixer.A_log)[0]
+    logits, cache = model.run_with_cache(TOKENS, names_filter=STATE)
+    assert not cache[STATE].requires_grad
+    assert torch.equal(torch.autograd.grad(logits.square().sum(), log_a)[0], by_hf)
+
+
 def test_kernels_that_are_modules_are_read_and_edited_as_functions_are(hf, kind):
     """Modules in the place of HF's functions: the same values, the kernels' own logits, and the edit holds."""
     model = lens.load(hf)

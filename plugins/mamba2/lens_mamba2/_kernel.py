@@ -147,6 +147,9 @@ class Dual:
         """Make HF's own call."""
         return self.call_own()
 
+    def telling(self, take: Callable[[Tensor], None]) -> None:
+        """HF's scan goes from chunk to chunk and has no state in between."""
+
     def select(self, call: MixerCall) -> "Dual":
         """Show the step size: delta = softplus(dt + bias) within the limits, in the model's dtype."""
         pre = self.dt if self.bias is None else self.dt + self.bias.to(self.dt.dtype)

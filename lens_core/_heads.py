@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lens_core._attention import Override, attention_steps
 from lens_core._call import ModuleCall
-from lens_core._graph import explicit_where, gradients, with_gradient_of
+from lens_core._graph import explicit_where, with_gradient_of
 from lens_core._linear import linear_weight
 from lens_core._norms import norm_of_copy
 from lens_core._plan import ModuleStep, SlotStep
@@ -47,10 +47,11 @@ class Projection:
 class HeadInput:
     """Copies of the residual stream before the attention's norm, one per head; an edit reaches that head's q, k or v.
 
-    An edited head's copy goes through the norm and its own columns of the projection; other heads stay as HF computed
-    them. `part` is `"attn"` (where q, k and v start from), `"q"`, `"k"` or `"v"`. Under grouped-query attention
-    `"k_rep"` and `"v_rep"` are one copy per query head, which start from that group's copy: an edit reaches what that
-    query head sees, in this call only.
+    Where a head's copy was edited it goes through the norm and its own columns of the projection. Other positions, rows
+    and heads stay as HF computed them, edits of the shared norm included: no row or call knows of another's. `part` is
+    `"attn"` (where q, k and v start from), `"q"`, `"k"` or `"v"`. Under grouped-query attention `"k_rep"` and `"v_rep"`
+    are one copy per query head, which start from that group's copy: an edit reaches what that query head sees, in this
+    call only.
     """
 
     part: Literal["attn", "q", "k", "v", "k_rep", "v_rep"]
@@ -119,21 +120,8 @@ class HeadInput:
         shown = columns.read(call.result, call.run)
         explicit = shown.clone()
         explicit[:, :, heads] = self._projected(part, copies, heads, heads, call)
-        bits = torch.where(self._is_apart(copies, call)[..., None], explicit.detach(), shown.detach())
+        bits = torch.where(copies.changed[..., None], explicit.detach(), shown.detach())
         return columns.write(call.result, with_gradient_of(explicit, bits) if copies.rerouted else bits)
-
-    def _is_apart(self, copies: "_Copies", call: ModuleCall) -> Bool[Tensor, "batch pos heads"]:
-        """Where a head does not hear the shared norm: its copy was changed there, or functions changed that norm.
-
-        Elsewhere an edited head keeps the model's bits, which are what its copy gives.
-        """
-        changed = copies.changed
-        if self.norm is None or not copies.edited:
-            return changed
-        with gradients(False):
-            own = call.run.module(self.norm).forward(copies.source)
-            heard = (call.input != own).any(-1, keepdim=True)
-        return changed | (heard & changed.any(1, keepdim=True).any(0, keepdim=True))
 
     def _override_of(self, part: str, copies: "_Copies", call: ModuleCall) -> Override:
         """Compute the keys or values that some query heads see, from their own copies."""
@@ -150,7 +138,7 @@ class HeadInput:
             values = _each_normed(module, whole, values, own, projection.norm_takes)
         rotary = call.run.now.scratch.get((self.attention, "rotary")) if part == "k" else None
         norm = None if after is None else call.run.module(after)
-        changed = self._is_apart(copies, call)[:, :, heads]
+        changed = copies.changed[:, :, heads]
         return Override(heads=heads, values=values, changed=changed, edited=bool(edited), rotary=rotary, norm=norm)
 
     def _norm_whole(self, part: str, call: ModuleCall) -> None:

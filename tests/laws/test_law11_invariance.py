@@ -77,6 +77,22 @@ def test_batch_order_does_not_matter(subject, attn, edited):
         assert_same(name, values[name], cache[name][order], f"permuted, edit {edited}")
 
 
+def test_a_head_is_deaf_to_the_shared_norm_only_where_its_own_input_was_edited(subject):
+    """Beside an edit of the norm, one head's input at one position: the other row and the other positions hear it."""
+    one, tokens = subject(dtype=torch.float64), random_tokens(2, 5, seed=1)
+    norm, copies, q = "blocks.0.ln1.hook_normalized", "blocks.0.hook_q_input", "blocks.0.attn.hook_q"
+
+    def first_row(x, hook):
+        x[0, 2, 1] *= -0.5
+
+    with torch.no_grad(), one.model.hooks(fwd_hooks=[(norm, edit_at(norm, causal=True))]):
+        _, heard = one.model.run_with_cache(tokens, names_filter=q)
+        with one.model.hooks(fwd_hooks=[(copies, first_row)]):
+            _, both = one.model.run_with_cache(tokens, names_filter=q)
+    differs = (both[q] != heard[q]).any(-1).nonzero().tolist()
+    assert differs == [[0, 2, 1]]
+
+
 @pytest.mark.parametrize("edited", EDITS, ids=str)
 def test_the_split_does_not_matter(subject, attn, edited):
     """Law 11: any split into prefill, chunks and single steps has the whole run's values."""

@@ -110,8 +110,8 @@ class Attention(Place):
             sources = [f"hook_{which}_input", *([] if grouped else ["hook_attn_in"])]
             if any(self.is_touched(source) for source in sources):
                 forced = any(self.name(source) in self.through for source in sources)
-                edited = (own != copies).any(-1).any(1).any(0) | forced  # head
-                value = torch.where(edited[:, None], self._apart(which, own), value)
+                edited = (own != copies).any(-1, keepdim=True) | forced  # batch pos head 1
+                value = torch.where(edited, self._apart(which, own), value)
             found.append(self.at(f"attn.hook_{which}", value))
         return found[0], found[1], found[2], reps
 
@@ -138,20 +138,20 @@ class Attention(Place):
         return x * query_factor(self.positions, rope) if which == "q" and self.kind.scales_queries else x
 
     def _own_keys(self, k: Tensor, raw: Tensor, copies: tuple[Tensor, Tensor]) -> Tensor:
-        """Repeat the keys for the query heads; a query head whose own input was edited has its own key instead."""
+        """Repeat the keys for the query heads; where a query head's own input was edited, it has its own."""
         groups, (before, own) = copies[1].shape[2] // k.shape[2], copies
         shared = k.repeat_interleave(groups, dim=2)
         if not self.is_touched("hook_k_input_rep"):
             return shared
         forced = self.name("hook_k_input_rep") in self.through
-        edited = (own != before).any(-1).any(1).any(0) | forced
+        edited = (own != before).any(-1, keepdim=True) | forced
         apart = []
         for head, key in enumerate(self._apart("k", own, groups).unbind(2)):
             seen = torch.stack([key if g == head // groups else raw[:, :, g] for g in range(k.shape[2])], dim=2)
             for _, step in self._steps():
                 seen = step("k", seen)
             apart.append(seen[:, :, head // groups])
-        return torch.where(edited[:, None], torch.stack(apart, dim=2), shared)
+        return torch.where(edited, torch.stack(apart, dim=2), shared)
 
     def _own_values(self, v: Tensor, copies: tuple[Tensor, Tensor]) -> Tensor:
         groups, (before, own) = copies[1].shape[2] // v.shape[2], copies
@@ -159,5 +159,5 @@ class Attention(Place):
         if not self.is_touched("hook_v_input_rep"):
             return shared
         forced = self.name("hook_v_input_rep") in self.through
-        edited = (own != before).any(-1).any(1).any(0) | forced
-        return torch.where(edited[:, None], self._apart("v", own, groups), shared)
+        edited = (own != before).any(-1, keepdim=True) | forced
+        return torch.where(edited, self._apart("v", own, groups), shared)

@@ -227,7 +227,7 @@ def _projections(
     touched: Collection[str],
     through: Collection[str],
 ) -> list[Tensor]:
-    """Compute q, k and v: a head whose input was edited through its own norm, the others through `ln1`."""
+    """Compute q, k and v: where a head's input was edited through its own norm, elsewhere through `ln1`."""
     heads, d_head, eps = config.n_head, config.n_embd // config.n_head, config.layer_norm_epsilon
     copies = x[:, :, None, :].expand(-1, -1, heads, -1)  # batch pos head d_model
     attn_in = cut(at + "hook_attn_in", copies)
@@ -241,10 +241,10 @@ def _projections(
         shared = torch.einsum("bpd,dhe->bphe", normed, w_all[:, index]) + b_all[index]
         if name in touched or at + "hook_attn_in" in touched:
             forced = name in through or at + "hook_attn_in" in through
-            edited = (own != copies).any(-1).any(1).any(0) | forced  # head
+            edited = (own != copies).any(-1, keepdim=True) | forced  # batch pos head 1
             norm = _layer_norm(own, weights["ln_1.weight"], weights["ln_1.bias"], eps)
             apart = torch.einsum("bphd,dhe->bphe", norm, w_all[:, index]) + b_all[index]
-            shared = torch.where(edited[:, None], apart, shared)
+            shared = torch.where(edited, apart, shared)
         projected.append(cut(f"{at}attn.hook_{which}", shared))
     return projected
 

@@ -119,8 +119,10 @@ class Telling:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch's own way of asking whatever is no tensor what its functions shall do with it."""
-        result = func(*(arg.tensor if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
-        return cls(result, args[0].take) if func is torch.exp else result
+        plain = [arg.tensor if isinstance(arg, cls) else arg for arg in args]
+        named = {name: arg.tensor if isinstance(arg, cls) else arg for name, arg in (kwargs or {}).items()}
+        result = func(*plain, **named)
+        return cls(result, args[0].take) if func is torch.exp and args else result
 
 
 @attrs.frozen(kw_only=True, eq=False)

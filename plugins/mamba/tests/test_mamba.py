@@ -130,6 +130,7 @@ def test_gradients_are_hfs_beside_a_cache_of_states(hf):
     assert torch.equal(torch.autograd.grad(logits.square().sum(), log_a)[0], by_hf)
 
 
+@torch.no_grad()
 def test_kernels_that_are_modules_are_read_and_edited_as_functions_are(hf, kind):
     """Modules in the place of HF's functions: the same values, the kernels' own logits, and the edit holds."""
     model = lens.load(hf)
